@@ -1,0 +1,71 @@
+"""Environments by name. `make` imports a task or a simulator only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+
+BUILT_IN = {  # id: (module, class, options)
+    "quadruped": ("quadruped", "Quadruped", {"terrain": "flat"}),
+    "quadruped-rough": ("quadruped", "Quadruped", {"terrain": "rough"}),
+    "cartpole": ("cartpole", "Cartpole", {}),
+    "navigation-cue": ("navigation", "Cue", {}),
+    "navigation-pixels": ("navigation", "Pixels", {}),
+    "navigation-maze": ("navigation", "Maze", {}),
+}
+SIMULATORS = {  # prefix: module (and extra of pyproject.toml), for ids of the form prefix:task
+    "mjlab": "mjlab",
+    "gym": "gymnasium",
+    "envpool": "envpool",
+    "playground": "playground",
+    "genesis": "genesis",
+    "isaaclab": "isaaclab",
+}
+
+
+def make(env_id: str, num_envs: int, device: str = "cpu", seed: int = 0, **options):
+    """Build an environment with the protocol of `vec_env.VecEnv`.
+
+    Args:
+        env_id: a built-in task, `simulator:task`, or `package.module:factory` for a function of your own, which is
+            called as `factory(num_envs=..., device=..., seed=..., **options)`.
+        num_envs: number of environments.
+        device: torch device.
+        seed: seed of the environment.
+        **options: passed on, e.g. `play=True`.
+
+    Raises:
+        ValueError: there is no such id; the message lists those that there are.
+        ImportError: the simulator is not installed; the message is the command that installs it.
+    """
+    prefix, _, name = env_id.partition(":")
+    if env_id in BUILT_IN:
+        module, cls, preset = BUILT_IN[env_id]
+        factory = getattr(importlib.import_module(f".{module}", __name__), cls)
+        return factory(num_envs=num_envs, device=device, seed=seed, **preset, **options)
+    if name and prefix in SIMULATORS:
+        return _simulator(prefix).make(name, num_envs=num_envs, device=device, seed=seed, **options)
+    if name:
+        return getattr(importlib.import_module(prefix), name)(num_envs=num_envs, device=device, seed=seed, **options)
+    known = ", ".join([*BUILT_IN, *(f"{prefix}:<task>" for prefix in SIMULATORS), "package.module:factory"])
+    raise ValueError(f"--env {env_id}: there is no such environment; there are {known}")
+
+
+def defaults(env_id: str) -> dict:
+    """The settings a task is best trained with, as `Args` field names to values; empty where it has none."""
+    if env_id in BUILT_IN:
+        return importlib.import_module(f".{BUILT_IN[env_id][0]}", __name__).DEFAULTS.get(env_id, {})
+    prefix, _, name = env_id.partition(":")
+    if name and prefix in SIMULATORS:
+        return _simulator(prefix).defaults(name)
+    return {}
+
+
+def _simulator(prefix: str):
+    """Import one simulator's adapter, or say how to install the simulator."""
+    module = SIMULATORS[prefix]
+    try:
+        return importlib.import_module(f".{module}", __name__)
+    except ModuleNotFoundError as error:
+        install = {"isaaclab": 'pip install "isaaclab[isaacsim,all]" --extra-index-url https://pypi.nvidia.com'}
+        command = install.get(module, f'pip install -e ".[{module}]"')
+        raise ImportError(f"{prefix}:<task> needs {error.name}, which is not installed: {command}") from None

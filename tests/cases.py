@@ -1,0 +1,67 @@
+"""The trainings that are compared with rsl_rl 5.5.1: live in float32, and in float64 against stored numbers.
+
+A case is (script, environment, Args). Each sets timeout_bootstrap="reference": V(final_obs) is where we differ on purpose.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+SMALL = dict(num_envs=64, max_iterations=10, actor_hidden_dims=(32, 32), critic_hidden_dims=(32, 32), log_root="")
+SMALL |= dict(timeout_bootstrap="reference", actor_obs=("policy",), critic_obs=("policy",))
+ASYMMETRIC = dict(critic_obs=("policy", "privileged"))
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "cartpole": ("ppo_continuous", "cartpole", SMALL),
+    "cartpole-log-std": ("ppo_continuous", "cartpole", SMALL | dict(std_type="log", seed=2, activation="tanh")),
+    "cartpole-beta": ("ppo_continuous", "cartpole", SMALL | dict(distribution="beta", seed=3)),
+    "cartpole-heteroscedastic": (
+        "ppo_continuous",
+        "cartpole",
+        SMALL | dict(distribution="heteroscedastic", schedule="fixed", use_clipped_value_loss=False, gamma=0.97),
+    ),
+    "cartpole-heteroscedastic-log": (
+        "ppo_continuous",
+        "cartpole",
+        SMALL | dict(distribution="heteroscedastic", std_type="log", optimizer="sgd", learning_rate=0.01),
+    ),
+    "cartpole-adamw": (
+        "ppo_continuous",
+        "cartpole",
+        SMALL | dict(optimizer="adamw", normalize_advantage_per_mini_batch=True, num_mini_batches=7, obs_normalization=False),
+    ),
+    "cartpole-fixed-std": ("ppo_continuous", "cartpole", SMALL | dict(learn_std=False, init_std=0.5, max_grad_norm=0.05)),
+    "quadruped": ("ppo_continuous", "quadruped", SMALL | ASYMMETRIC | dict(num_envs=32)),
+    "quadruped-seed-7": (
+        "ppo_continuous",
+        "quadruped",
+        SMALL | ASYMMETRIC | dict(num_envs=32, seed=7, num_learning_epochs=2, init_at_random_ep_len=False),
+    ),
+}
+
+
+def build(name: str) -> tuple[Any, Any, Any]:
+    """The case's script module, its Args, and a function that makes a fresh copy of its environment."""
+    from envs import make
+
+    script, env_id, settings = CASES[name]
+    module = importlib.import_module(script)
+    args = module.Args(env=env_id, **settings)
+    return module, args, lambda: make(env_id, args.num_envs, seed=args.seed)
+
+
+def run(module: Any, args: Any, env: Any) -> tuple[list[dict[str, float]], dict]:
+    """Train with a script; return its history and its `agent`, caught on the way out."""
+    agent: dict = {}
+    tensors_of = module.tensors_of
+
+    def spy(parts: dict) -> list:
+        agent.update(parts)
+        return tensors_of(parts)
+
+    module.tensors_of = spy
+    try:
+        return module.train(args, env), agent
+    finally:
+        module.tensors_of = tensors_of

@@ -1,0 +1,110 @@
+"""Instruments that work on a CPU: what a script would wait for on a GPU, and what a CUDA graph would replay."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WAITING = {"_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "item", "equal", "is_nonzero"}
+HOST_METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+VIEWS_BY_SCHEMA = {"detach", "lift_fresh", "alias"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts ATen calls ("kernels": views left out, a foreach call is one) and those that would make the host wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.waits = Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        result = func(*args, **(kwargs or {}))
+        if not is_view(func):
+            self.kernels[name] += 1
+        masks = [x for x in (args[1] if name in ("index", "index_put_", "index_put") else []) if x is not None]
+        if name in WAITING or any(x.dtype in (torch.bool, torch.uint8) for x in masks):
+            self.waits[name] += 1
+        return result
+
+
+def is_view(func) -> bool:
+    name = func._schema.name.removeprefix("aten::")
+    aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return aliases or name in VIEWS_BY_SCHEMA or name in ("_unsafe_view", "unbind", "split", "view", "empty", "empty_like")
+
+
+@contextlib.contextmanager
+def host_reads():
+    """Count the Tensor methods that bring a value to the host and never reach the dispatcher on a CPU."""
+    counts, originals = Counter(), {name: getattr(torch.Tensor, name) for name in HOST_METHODS}
+
+    def counted(name):
+        def method(self, *args, **kwargs):
+            counts[name] += 1
+            return originals[name](self, *args, **kwargs)
+
+        return method
+
+    for name in HOST_METHODS:
+        setattr(torch.Tensor, name, counted(name))
+    try:
+        yield counts
+    finally:
+        for name, method in originals.items():
+            setattr(torch.Tensor, name, method)
+
+
+def source_of(module: Any, names: tuple[str, ...]) -> str:
+    return "\n".join(inspect.getsource(getattr(module, name)) for name in names)
+
+
+class EmulatedGraph(TorchDispatchMode):
+    """Stands in for a script's CudaGraph on a CPU: records the third call's kernels and replays them on the same memory.
+
+    Like a CUDA graph it knows tensors by their memory and numbers by their value at recording: whatever a function keeps
+    in Python (a counter, a rebound tensor, a branch on a value) is frozen, and the replayed run departs from the eager one.
+    """
+
+    enabled_everywhere = True
+
+    def __init__(self, fn, *args, enabled: bool = True, generators=()):
+        super().__init__()
+        self.fn, self.args, self.calls, self.tape, self.result = fn, args, 0, None, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        if name in WAITING:
+            raise RuntimeError(f"{name} inside a captured function: a CUDA graph cannot wait for the host")
+        result = func(*args, **kwargs)
+        if not is_view(func):
+            self.tape.append((func, args, kwargs, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.tape:
+            again = func(*args, **kwargs)
+            old = result if isinstance(result, (tuple, list)) else [result]
+            new = again if isinstance(again, (tuple, list)) else [again]
+            for before, after in zip(old, new):
+                if isinstance(before, torch.Tensor) and before.data_ptr() != after.data_ptr():
+                    before.data.copy_(after)
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= 2:
+            return self.fn(*self.args)
+        if self.tape is None:
+            self.tape = []
+            with self:
+                self.result = self.fn(*self.args)
+        else:
+            self.replay()
+        return self.result

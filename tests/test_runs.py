@@ -1,0 +1,313 @@
+"""Runs: folders, checkpoints, resuming, signals, kills, logging, export, play; and what other programs make of the files."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import toy
+import yaml
+
+import ppo_continuous as module
+from envs import make
+
+SCRIPT = str(pathlib.Path(module.__file__))
+TINY = dict(env="cartpole", num_envs=16, max_iterations=6, actor_hidden_dims=(8,), critic_hidden_dims=(8,), logger="none")
+
+
+def args_of(**settings):
+    return module.Args(**(TINY | settings))
+
+
+def numbers(history):
+    """What must be equal: everything but times."""
+    return [{k: v for k, v in metrics.items() if not k.startswith("Perf/")} for metrics in history]
+
+
+def only_run(root="logs") -> pathlib.Path:
+    (run,) = pathlib.Path(root).glob("*/*")
+    return run
+
+
+def command(*flags, script=SCRIPT):
+    tiny = ["--env", "cartpole", "--num-envs", "16", "--actor-hidden-dims", "8", "--critic-hidden-dims", "8", "--device", "cpu"]
+    return [sys.executable, script, *tiny, "--no-env-defaults", *flags]
+
+
+def test_run_folder():
+    module.train(args_of(run_name="mine", logger="tensorboard", max_iterations=2), make("cartpole", 16))
+    run = only_run()
+    assert run.parent.name == "ppo_continuous_cartpole" and run.name.endswith("_mine")
+    args = yaml.safe_load((run / "args.yaml").read_text())
+    assert args["run_name"] == "mine" and args["actor_hidden_dims"] == [8]
+    assert yaml.safe_load((run / "env.yaml").read_text())["episode_length_s"] == 10.0
+    assert (run / "ppo_continuous.py").read_text() == pathlib.Path(SCRIPT).read_text()
+    assert {"model_0.pt", "model_1.pt", "git.diff", "exported"} <= {file.name for file in run.iterdir()}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run)).Reload()
+    wanted = {
+        "Loss/value",
+        "Loss/surrogate",
+        "Loss/entropy",
+        "Loss/learning_rate",
+        "Policy/mean_std",
+        "Perf/total_fps",
+        "Loss/kl",
+    }
+    assert wanted <= set(events.Tags()["scalars"]) and len(events.Scalars("Loss/kl")) == 2
+
+
+def test_nothing_is_written_without_a_log_root(tmp_path):
+    module.train(args_of(log_root="", max_iterations=1), toy.Toy(16))
+    assert not list(tmp_path.iterdir())
+
+
+def test_users_own_environment_and_factory():
+    """A minimal environment, given as an object and named on the command line."""
+    history = module.train(args_of(log_root="", num_envs=999), toy.Toy(8))
+    assert len(history) == 6 and history[-1]["Train/num_episodes"] > 0
+    flags = ["--env", "toy:make", "--log-root", "", "--max-iterations", "1"]
+    env = os.environ | {"PYTHONPATH": str(pathlib.Path(toy.__file__).parent)}
+    done = subprocess.run(command(*flags), capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "iteration 1/1" in done.stdout, done.stderr
+
+
+def test_resumed_run_equals_uninterrupted_run():
+    whole = module.train(args_of(log_root="whole"), make("cartpole", 16))
+    module.train(args_of(log_root="logs", max_iterations=3), make("cartpole", 16))
+    resumed = module.train(args_of(log_root="logs", resume=True), make("cartpole", 16, seed=99))
+    assert str(numbers(resumed)) == str(numbers(whole)[3:])  # as text, so that NaN equals NaN
+
+
+def test_resumed_quadruped_equals_uninterrupted_run():
+    settings = dict(env="quadruped", critic_obs=("policy", "privileged"), num_steps_per_env=8, max_iterations=4)
+    whole = module.train(args_of(log_root="whole", **settings), make("quadruped", 16))
+    module.train(args_of(**(settings | dict(max_iterations=2))), make("quadruped", 16))
+    resumed = module.train(args_of(resume=True, **settings), make("quadruped", 16, seed=99))
+    assert str(numbers(resumed)) == str(numbers(whole)[2:])
+
+
+def test_interrupted_save_leaves_the_previous_checkpoint(monkeypatch):
+    module.train(args_of(max_iterations=1), make("cartpole", 16))
+    path = only_run() / "model_0.pt"
+    before = path.read_bytes()
+
+    def killed(state, file):
+        file.write(b"half a checkpoint")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        module.save_checkpoint(path, {}, 0, {})
+    assert path.read_bytes() == before
+
+
+def start_training(*flags) -> subprocess.Popen:
+    """A training process that has passed its third iteration."""
+    process = subprocess.Popen(command("--max-iterations", "100000", *flags), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("iteration 3/"):
+            return process
+    raise AssertionError("training did not start")
+
+
+def test_kill_9_then_resume():
+    process = start_training("--save-interval", "1", "--logger", "none")
+    time.sleep(0.2)
+    process.kill()
+    process.communicate()
+    saved = max(module.iteration_of(file) for file in only_run().glob("model_*.pt"))
+    history = module.train(args_of(resume=True, max_iterations=saved + 3), make("cartpole", 16))
+    assert len(history) == 2 and saved >= 2
+
+
+def test_sigterm_finishes_the_iteration_saves_and_exits_0():
+    process = start_training("--save-interval", "1000", "--logger", "none")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    last = int(output.rsplit("\niteration ", 1)[1].split("/")[0]) if "\niteration " in output else 3
+    assert (only_run() / f"model_{last - 1}.pt").exists()
+    assert module.load_checkpoint(only_run() / f"model_{last - 1}.pt", torch.device("cpu"))["iter"] == last - 1
+
+
+@pytest.mark.parametrize("fault, named", [(("obs", 60), "observation group 'policy'"), (("reward", 60), "reward")])
+def test_nan_stops_the_run(fault, named):
+    """NaN at step 60 (iteration 2, step 11) in environment 3: named, dumped, and the weights are those before."""
+    trained = {}
+    tensors_of = module.tensors_of
+
+    def spy(agent):
+        trained.update(agent)
+        return tensors_of(agent)
+
+    module.tensors_of = spy
+    try:
+        good = args_of(max_iterations=2, log_root="good", init_at_random_ep_len=False)
+        module.train(good, toy.Toy(8))
+        expected = [x.clone() for x in tensors_of(trained)]
+        with pytest.raises(FloatingPointError) as error:
+            module.train(args_of(save_interval=1, init_at_random_ep_len=False), toy.Toy(8, fault=fault))
+    finally:
+        module.tensors_of = tensors_of
+    step = 12 if fault[0] == "obs" else 11  # the observation that follows action 11 is row 12
+    assert f"iteration 2: {named} is not finite from step {step} on, in environments [3]" in str(error.value)
+    assert all(torch.equal(x, y) for x, y in zip(expected, tensors_of(trained), strict=True))
+    assert {file.name for file in only_run().glob("*.pt")} == {"model_0.pt", "model_1.pt", "nan_2.pt"}
+    assert torch.load(only_run() / "nan_2.pt", weights_only=True)["rewards"].shape == (25, 8)
+
+
+def test_rsl_rl_loads_our_checkpoint_and_we_load_its(tmp_path):
+    pytest.importorskip("rsl_rl", reason="the reference, rsl-rl-lib==5.5.1, is in the extra `test`")
+    import reference
+
+    args = args_of(actor_obs=("policy",), critic_obs=("policy",), num_envs=16)
+    module.train(args, make("cartpole", 16))
+    ours = only_run() / "model_5.pt"
+    runner = reference.make_runner(args, make("cartpole", 16), log_dir=None)
+    runner.load(str(ours))
+    assert runner.current_learning_iteration == 5
+    obs = make("cartpole", 16).get_observations()
+    assert torch.equal(runner.get_inference_policy()(obs), module.load_policy(ours)(obs))
+    runner.learn(1)  # its optimizer takes our state
+    # Theirs, with other layer sizes than the defaults: the policy, and a resumed training
+    theirs = tmp_path / "theirs" / "model_7.pt"
+    theirs.parent.mkdir()
+    runner.current_learning_iteration, runner.logger.writer = 7, None
+    runner.save(str(theirs))
+    assert torch.equal(runner.get_inference_policy()(obs), module.load_policy(theirs)(obs))
+    history = module.train(args_of(resume=True, checkpoint=str(theirs), max_iterations=9, log_root=""), make("cartpole", 16))
+    assert len(history) == 1
+    assert history[0]["Loss/learning_rate"] != 1e-3
+
+
+def test_export_and_policy_agree(capsys):
+    module.train(args_of(max_iterations=2), make("cartpole", 16))
+    run = only_run()
+    assert "policy.onnx, which differs" in capsys.readouterr().out
+    import onnx
+    import onnxruntime
+
+    assert onnx.load(run / "exported" / "policy.onnx").opset_import[0].version == 18
+    session = onnxruntime.InferenceSession(run / "exported" / "policy.onnx")
+    obs = torch.randn(5, 5)
+    policy = module.load_policy(run / "model_1.pt")
+    np.testing.assert_allclose(session.run(["actions"], {"obs": obs.numpy()})[0], policy(obs).numpy(), atol=1e-5)
+    assert torch.equal(torch.jit.load(run / "exported" / "policy.pt")(obs), policy(obs))
+    assert not policy(obs).requires_grad and policy.reset(torch.ones(5)) is None
+
+
+def test_play_writes_film_and_plot(capsys):
+    module.train(args_of(max_iterations=1), make("cartpole", 16))
+    means = module.play(args_of(play_envs=2))
+    assert (only_run() / "play_model_0.gif").read_bytes()[:4] == b"GIF8"
+    output = capsys.readouterr().out
+    assert output.count("\nepisode ") == 2 and means["episode_length"] > 0
+    module.play(args_of(agent="random", play_envs=2, env="toy:make"))
+
+
+def test_no_terminations():
+    means = module.play(args_of(agent="random", play_envs=2, terminations=False))
+    assert means["episode_length"] == 500
+
+
+def test_films_during_training():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = args_of(max_iterations=2, video_interval=1, logger="tensorboard")
+    module.train(args, make("cartpole", 16))
+    assert {"video_0.gif", "video_1.gif"} <= {file.name for file in only_run().iterdir()}
+    assert EventAccumulator(str(only_run())).Reload().Tags()["images"] == ["video"]
+
+
+def test_wandb_offline():
+    module.train(args_of(max_iterations=2, logger="wandb", video_interval=1), make("cartpole", 16))
+    records = list(only_run().glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(records) == 1
+    content = records[0].read_bytes()
+    assert b"Loss/surrogate" in content and b"model_1.pt" in content and b"learning_rate" in content
+
+
+class ListWriter:
+    """A writer of one's own: add_scalar, and what it likes of rsl_rl's other methods."""
+
+    made = []
+
+    def __init__(self, log_dir):
+        self.scalars, self.models, self.stopped = {}, [], False
+        ListWriter.made.append(self)
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.setdefault(tag, []).append((step, value))
+
+    def save_model(self, path, step):
+        self.models.append((pathlib.Path(path).name, step))
+
+    def stop(self):
+        self.stopped = True
+
+
+def test_writer_of_ones_own():
+    history = module.train(args_of(logger="test_runs:ListWriter", max_iterations=2), make("cartpole", 16))
+    import test_runs
+
+    (writer,) = test_runs.ListWriter.made
+    assert writer.scalars["Loss/value"] == [(0, history[0]["Loss/value"]), (1, history[1]["Loss/value"])]
+    assert writer.models == [("model_0.pt", 0), ("model_1.pt", 1)] and writer.stopped
+
+
+def test_wandb_run_path(monkeypatch):
+    """Downloads the newest model artifact; W&B's server is replaced, its client's interface is not."""
+    import wandb
+
+    module.train(args_of(max_iterations=2), make("cartpole", 16))
+    source = only_run() / "model_1.pt"
+
+    class Artifact:
+        type = "model"
+
+        def download(self, root):
+            pathlib.Path(root).mkdir(parents=True)
+            (pathlib.Path(root) / source.name).write_bytes(source.read_bytes())
+            return root
+
+    class Run:
+        id = "abc"
+        logged_artifacts = staticmethod(lambda: [Artifact()])
+
+    monkeypatch.setattr(wandb, "Api", lambda: type("Api", (), {"run": staticmethod(lambda path: Run())}))
+    assert module.find_checkpoint(args_of(wandb_run_path="me/walking/abc")).read_bytes() == source.read_bytes()
+
+
+def test_copied_script_runs_alone(tmp_path):
+    """Outside the repository, with a five-line environment and nothing else."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "my_ppo.py").write_text(pathlib.Path(SCRIPT).read_text())
+    (folder / "toy.py").write_text(pathlib.Path(toy.__file__).read_text())
+    flags = ["--env", "toy:make", "--max-iterations", "1", "--logger", "none"]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command(*flags, script="my_ppo.py"), cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((folder / "logs" / "my_ppo_toy_make").glob("*/model_0.pt"))) == 1
+
+
+def test_importing_changes_nothing():
+    check = """
+import os, random, signal, sys, torch
+def state():
+    flags = [torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.get_float32_matmul_precision()]
+    flags += [torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()]
+    return repr((flags, torch.get_rng_state().tolist(), random.getstate(), signal.getsignal(signal.SIGTERM), dict(os.environ), sys.path))
+before = state()
+import ppo_continuous
+print(before == state(), "envs" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]

@@ -1,0 +1,99 @@
+"""A steady-state iteration never waits: no host read in rollout, GAE and update, one at its end; and it can be captured."""
+
+import cases
+import instruments
+import pytest
+import torch
+
+SCRIPTS = ["ppo_continuous"]
+ON_DEVICE = ("act", "evaluate", "collect", "bootstrap_value", "finish_episodes", "compute_gae", "ppo_loss", "make_batches")
+ON_DEVICE += ("mini_batch_step", "adapt_learning_rate", "update", "finite_flags")
+ON_DEVICE += ("Adam", "Model", "EmpiricalNormalization", "Gaussian", "Beta")
+
+
+def small(module, **settings):
+    return module.Args(**(cases.SMALL | dict(num_envs=16, max_iterations=6, timeout_bootstrap="final_obs") | settings))
+
+
+@pytest.mark.parametrize("env_id", ["cartpole", "quadruped", "quadruped-rough"])
+def test_no_waiting_inside_the_iteration(env_id, monkeypatch):
+    import ppo_continuous as module
+    from envs import make
+
+    operations, reads, seen = instruments.Operations(), [], []
+
+    def watched(function):
+        def call(*args):
+            seen.append(function.__name__)
+            with instruments.host_reads() as counts, operations:
+                result = function(*args)
+            reads.append(counts)
+            return result
+
+        return call
+
+    for name in ("collect", "update"):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    args = small(module, critic_obs=("policy", "privileged") if "quadruped" in env_id else ("policy",))
+    module.train(args, make(env_id, args.num_envs))
+    assert seen == ["collect", "update"] * args.max_iterations
+    assert not operations.waits and not sum(reads, start=type(reads[0])()), (operations.waits, reads)
+
+
+def test_one_read_at_the_end_of_an_iteration(monkeypatch):
+    import ppo_continuous as module
+    from envs import make
+
+    counts_per_iteration = []
+    fetch = module.fetch
+
+    def watched(metrics):
+        with instruments.host_reads() as counts:
+            fetched = fetch(metrics)
+        counts_per_iteration.append(dict(counts))
+        return fetched
+
+    monkeypatch.setattr(module, "fetch", watched)
+    module.train(small(module), make("cartpole", 16))
+    assert counts_per_iteration == [{"tolist": 1}] * 6
+
+
+def test_the_instruments_see_a_wait():
+    x = torch.arange(4.0)
+    for wait in (lambda: x[x > 1], lambda: x.sum().item(), lambda: bool(x.sum() > 1), lambda: x.nonzero(), lambda: x.tolist()):
+        with instruments.host_reads() as counts, instruments.Operations() as operations:
+            wait()
+        assert counts or operations.waits
+    x[torch.tensor([0, 2])]  # an index by position does not wait
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_source_moves_nothing_to_the_host(script):
+    """`.cpu()` and `.to("cpu")` look like nothing on a CPU, so they are looked for in the source."""
+    module = __import__(script)
+    source = instruments.source_of(module, ON_DEVICE)
+    for call in (".cpu(", '"cpu"', ".item(", ".tolist(", ".numpy(", "nonzero(", "masked_select("):
+        assert call not in source, call
+
+
+@pytest.mark.parametrize("capturable", [True, False], ids=["whole rollout captured", "policy step captured"])
+@pytest.mark.parametrize("env_id", ["cartpole", "quadruped"])
+def test_captured_run_equals_eager_run(env_id, capturable, monkeypatch):
+    """Replaying the recorded kernels on the recorded memory gives the eager run's numbers, to the bit."""
+    import ppo_continuous as module
+    from envs import make
+
+    args = small(module, critic_obs=("policy", "privileged") if "quadruped" in env_id else ("policy",), num_mini_batches=2)
+    eager, agent = cases.run(module, args, make(env_id, args.num_envs))
+
+    def graph(fn, *arguments, enabled, generators=()):
+        on = fn.__name__ == "update" or (fn.__name__ == "collect") == capturable
+        return instruments.EmulatedGraph(fn, *arguments) if on else lambda: fn(*arguments)
+
+    monkeypatch.setattr(module, "CudaGraph", graph)
+    replayed, replayed_agent = cases.run(module, args, make(env_id, args.num_envs))
+    for ours, theirs in zip(replayed, eager, strict=True):
+        ours, theirs = ({k: v for k, v in history.items() if "Perf" not in k} for history in (ours, theirs))
+        assert str(ours) == str(theirs)  # as text, so that NaN equals NaN
+    for ours, theirs in zip(replayed_agent["actor"].state_dict().values(), agent["actor"].state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
