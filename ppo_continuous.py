@@ -170,6 +170,8 @@ class Args:
     """Who acts in --play."""
     play_envs: int = 16
     """Environments in --play; each runs one episode."""
+    viewer: bool = False
+    """In --play: open the simulator's own viewer, where it has one."""
     terminations: bool = True
     """In --play: let the environment end episodes early, where it can be told not to."""
 
@@ -587,13 +589,13 @@ def ppo_loss(actor: Model, critic: Model, batch: TensorDict, args: Args) -> tupl
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     # L^CLIP = E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)]                  arXiv:1707.06347 eq. 7
     ratio = torch.exp(log_prob - batch["log_prob"])
-    clipped = ratio.clamp(1.0 - args.clip_param, 1.0 + args.clip_param)
-    surrogate_loss = torch.max(-advantages * ratio, -advantages * clipped).mean()
+    clipped = ratio.detach().clamp(1.0 - args.clip_param, 1.0 + args.clip_param)
+    surrogate_loss = larger(-advantages * ratio, -advantages * clipped).mean()
     # Value loss: the larger of the plain error and that of a prediction at most eps from the old one.
     value_error = (values - batch["returns"]) ** 2
     if args.use_clipped_value_loss:
         step = (values - batch["values"]).clamp(-args.clip_param, args.clip_param)
-        value_error = torch.max(value_error, (batch["values"] + step - batch["returns"]) ** 2)
+        value_error = larger(value_error, (batch["values"] + step - batch["returns"]) ** 2)
     value_loss = value_error.mean()
 
     loss = surrogate_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
@@ -602,6 +604,11 @@ def ppo_loss(actor: Model, critic: Model, batch: TensorDict, args: Args) -> tupl
         mean_std = actor.distribution.std(params).mean()
     metrics = {"surrogate": surrogate_loss, "value": value_loss, "entropy": entropy, "kl": kl}
     return loss, metrics | {"clip_fraction": clip_fraction, "mean_std": mean_std}
+
+
+def larger(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """torch.max(x, y) for half its kernels: at a tie the gradient goes to x alone, where torch.max gives half to each."""
+    return torch.where(x >= y, x, y)
 
 
 # ---- Update ---------------------------------------------------------------------------------------------------------
@@ -1100,6 +1107,10 @@ def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
     else:
         size, scale = (env.num_envs, env.num_actions), float(args.agent == "random")
         policy = lambda obs: scale * (2.0 * torch.rand(size, device=device) - 1.0)  # noqa: E731
+    if args.viewer:
+        if not hasattr(env, "view"):
+            raise UserError(f"--viewer: {args.env} has no viewer of its own; without the flag a film is written")
+        return env.view(policy)
     print(f"playing {path.stem} on {args.env}")
     results = roll_out(env, policy, device, args, film=path.parent / f"play_{path.stem}")
     for index in range(env.num_envs):
@@ -1114,9 +1125,9 @@ def roll_out(env: VecEnv, policy, device: torch.device, args: Args, film: pathli
     """One episode in every environment: each one's return, length and mean `Metrics/...`; writes `<film>.gif` and `.png`."""
     obs, frames, tracked, totals = env.get_observations().to(device), [], [], {}
     running = torch.ones(env.num_envs, dtype=torch.bool, device=device)
-    frame_interval = max(1, round(0.04 / getattr(env, "step_dt", 0.04)))  # 25 pictures per second
+    frame_interval = max(1, round(0.06 / getattr(env, "step_dt", 0.06)))  # about 16 pictures per second
     for step in range(int(torch.as_tensor(env.max_episode_length).max())):
-        if hasattr(env, "render") and step % frame_interval == 0 and len(frames) < 250 and running[0]:
+        if hasattr(env, "render") and step % frame_interval == 0 and len(frames) < 160 and running[0]:
             frames.append(Image.fromarray(env.render()).quantize(64, method=Image.Quantize.FASTOCTREE))
         actions = policy(obs) if args.clip_actions is None else policy(obs).clamp(-args.clip_actions, args.clip_actions)
         obs, rewards, dones, extras = env.step(actions.to(env.device))
@@ -1126,14 +1137,15 @@ def roll_out(env: VecEnv, policy, device: torch.device, args: Args, film: pathli
         }
         for name, value in (values | {"return": rewards, "episode_length": torch.ones_like(rewards)}).items():
             totals[name] = totals.get(name, 0.0) + torch.where(running, value.to(device), 0.0)
+        running &= ~dones.to(device).bool()
         if hasattr(env, "tracking") and running[0]:
             tracked.append({name: pair[0].tolist() for name, pair in env.tracking().items()})
-        running &= ~dones.to(device).bool()
         if not running.any():
             break
     film.parent.mkdir(parents=True, exist_ok=True)
     if frames:
-        frames[0].save(f"{film}.gif", save_all=True, append_images=frames[1:], duration=40, loop=0)
+        duration = round(1000 * frame_interval * getattr(env, "step_dt", 0.06))  # ms
+        frames[0].save(f"{film}.gif", save_all=True, append_images=frames[1:], duration=duration, loop=0)
         print(f"wrote {film}.gif")
     if tracked:
         plot_tracking(tracked, getattr(env, "step_dt", 1.0), f"{film}.png")
@@ -1226,7 +1238,6 @@ def resume_state(args: Args, env: VecEnv, actor: Model, storage: TensorDict, epi
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if storage.device.type == "cuda" else None,
         "env": env.state_dict() if hasattr(env, "state_dict") else None,
-        "obs": storage["obs"][-1].clone().to_dict(),
         "episodes": episodes.clone().to_dict(),
     }
 
@@ -1240,7 +1251,7 @@ def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: 
     if resume["env"] is None or resume["args"]["num_envs"] != env.num_envs:
         return print("the environment starts afresh: it cannot restore its state, or has another number of environments")
     env.load_state_dict(resume["env"])
-    storage["obs"][-1].update_(TensorDict(resume["obs"]))
+    storage["obs"][-1].update_(env.get_observations().to(storage.device))
     episodes.update_(TensorDict(resume["episodes"]))
 
 
@@ -1319,7 +1330,10 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
             if last:
                 break
     if run_dir:
-        export_policy(Policy(actor), run_dir / "exported")
+        try:
+            export_policy(Policy(actor), run_dir / "exported")
+        except Exception as error:  # TorchScript, for one, fails where this file was edited meanwhile; nothing is lost
+            print(f"not exported ({error}); --export --checkpoint {run_dir / f'model_{iteration}.pt'} does it")
     close(env, writer, args)
     return history
 
@@ -1336,17 +1350,25 @@ def close(env: VecEnv, writer, args: Args) -> None:
 
 def parse_args() -> Args:
     """The command line, over the settings that the environment recommends; those that apply are printed."""
-    tuned, first = {}, tyro.cli(Args, args=[x for x in sys.argv[1:] if x not in ("-h", "--help")])
-    if first.env_defaults:
-        with contextlib.suppress(ImportError):  # a copied script has no `envs` beside it
-            from envs import defaults
-
-            fields = {field.name for field in dataclasses.fields(Args)}
-            tuned = {name: value for name, value in defaults(first.env).items() if name in fields}
+    first = tyro.cli(Args, args=[x for x in sys.argv[1:] if x not in ("-h", "--help")])
+    tuned = recommended(first.env) if first.env_defaults else {}
     args = tyro.cli(Args, default=Args(env=first.env, **tuned), description=__doc__.split("\n\n")[0])
     kept = [f"{name}={value}" for name, value in tuned.items() if getattr(args, name) == value]
-    print(f"settings that {args.env} recommends (--no-env-defaults: none): {' '.join(kept)}" if kept else "", end="\n")
+    if kept:
+        print(f"settings that {args.env} recommends (--no-env-defaults: none): {' '.join(kept)}")
     return args
+
+
+def recommended(env: str) -> dict[str, Any]:
+    try:
+        from envs import defaults
+    except ImportError:  # a copied script has no `envs` beside it
+        return {}
+    try:
+        settings = defaults(env)
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return {name: value for name, value in settings.items() if name in {field.name for field in dataclasses.fields(Args)}}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
 BUILT_IN = {  # id: (module, class, options)
     "quadruped": ("quadruped", "Quadruped", {"terrain": "flat"}),
@@ -27,7 +28,7 @@ def make(env_id: str, num_envs: int, device: str = "cpu", seed: int = 0, **optio
 
     Args:
         env_id: a built-in task, `simulator:task`, or `package.module:factory` for a function of your own, which is
-            called as `factory(num_envs=..., device=..., seed=..., **options)`.
+            called with those of `num_envs`, `device`, `seed` and the options that it has parameters for.
         num_envs: number of environments.
         device: torch device.
         seed: seed of the environment.
@@ -45,7 +46,9 @@ def make(env_id: str, num_envs: int, device: str = "cpu", seed: int = 0, **optio
     if name and prefix in SIMULATORS:
         return _simulator(prefix).make(name, num_envs=num_envs, device=device, seed=seed, **options)
     if name:
-        return getattr(importlib.import_module(prefix), name)(num_envs=num_envs, device=device, seed=seed, **options)
+        factory = getattr(importlib.import_module(prefix), name)
+        settings = dict(num_envs=num_envs, device=device, seed=seed) | options
+        return factory(**{key: value for key, value in settings.items() if key in inspect.signature(factory).parameters})
     known = ", ".join([*BUILT_IN, *(f"{prefix}:<task>" for prefix in SIMULATORS), "package.module:factory"])
     raise ValueError(f"--env {env_id}: there is no such environment; there are {known}")
 
@@ -66,6 +69,9 @@ def _simulator(prefix: str):
     try:
         return importlib.import_module(f".{module}", __name__)
     except ModuleNotFoundError as error:
-        install = {"isaaclab": 'pip install "isaaclab[isaacsim,all]" --extra-index-url https://pypi.nvidia.com'}
-        command = install.get(module, f'pip install -e ".[{module}]"')
+        command = (
+            'pip install "isaaclab[isaacsim,all]" (see its installation guide)'
+            if module == "isaaclab"
+            else f'pip install -e ".[{module}]"'
+        )
         raise ImportError(f"{prefix}:<task> needs {error.name}, which is not installed: {command}") from None

@@ -40,6 +40,8 @@ class VecEnv(Protocol):
     #   render() -> (H, W, 3) uint8 array      a picture of environment 0
     #   tracking() -> {name: (N, 2) tensor}    commanded and actual value of each tracked quantity, for `--play`
     #   symmetry(env, obs, actions)            mirror function for ppo_symmetry.py
+    #   mirror_state()                         mirrors the whole simulation state in place, to check that function
+    #   view(policy)                           the simulator's own viewer, for `--play --viewer`
     #   close()                                called when training ends
 
     def get_observations(self) -> TensorDict:

@@ -88,7 +88,12 @@ def add_rnd(config: dict, args: Any, env: Any) -> None:
     env.unwrapped = env  # where rsl_rl looks for step_dt
 
 
-def make_runner(args: Any, env: Any, log_dir: str | None = None, config: dict | None = None):
+def add_symmetry(config: dict, args: Any, env: Any) -> None:
+    names = ("use_data_augmentation", "use_mirror_loss", "mirror_loss_coeff")
+    config["algorithm"]["symmetry_cfg"] = {name: getattr(args, name) for name in names} | {"data_augmentation_func": env.symmetry}
+
+
+def make_runner(args: Any, env: Any, log_dir: str | None = None, config: dict | None = None, device: str = "cpu"):
     """rsl_rl's OnPolicyRunner, seeded like the scripts."""
     from rsl_rl.runners import OnPolicyRunner
 
@@ -97,9 +102,11 @@ def make_runner(args: Any, env: Any, log_dir: str | None = None, config: dict | 
         add_cnns(config, args, env)
     if hasattr(args, "rnd_obs"):
         add_rnd(config, args, env)
+    if hasattr(args, "use_mirror_loss"):
+        add_symmetry(config, args, env)
     torch.manual_seed(args.seed)
     with contextlib.redirect_stdout(io.StringIO()):
-        runner = OnPolicyRunner(env, config, log_dir=log_dir, device="cpu")
+        runner = OnPolicyRunner(env, config, log_dir=log_dir, device=device)
     if getattr(args, "share_cnn_encoders", False):
         list_shared_encoder_once(runner.alg)
     return runner

@@ -1,0 +1,179 @@
+"""Speed against rsl_rl 5.5.1: the same environment, networks, batch and threads, in turn A B A B in one process.
+
+    python tests/benchmarks/speed.py                              # 1024 environments, 512-256-128
+    python tests/benchmarks/speed.py --num-envs 8 --hidden-dims 8 8 8 --threads 1     # host overhead alone
+    python tests/benchmarks/speed.py --count                      # kernels and waits per mini-batch, on any machine
+
+Prints the median time of collection, learning and the whole iteration, the ratio of the medians and its spread over the
+rounds, and with --json writes them. Machines are noisy: quote the ratio, not the times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+import torch
+import tyro
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+@dataclasses.dataclass
+class Settings:
+    env: str = "cartpole"
+    """Built-in task; cartpole costs next to nothing, so the learner shows."""
+    num_envs: int = 1024
+    hidden_dims: tuple[int, ...] = (512, 256, 128)
+    rounds: int = 5
+    """Interleaved rounds."""
+    iterations: int = 6
+    """Iterations per round; the first three warm up (with CUDA graphs they are eager)."""
+    threads: int = 2
+    device: str = "cpu"
+    compile: bool = False
+    """Compile: torch.compile for the loss here, `torch_compile_mode="default"` in rsl_rl."""
+    float32_matmul_precision: str = "highest"
+    timeout_bootstrap: str = "reference"
+    """`reference` does exactly what rsl_rl does; `final_obs` costs one more value estimate per step."""
+    count: bool = False
+    """Count kernels and host waits of one update instead of timing."""
+    json: str = ""
+    """Also write the figures here."""
+
+
+def quiet():
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def make_args(settings: Settings):
+    import ppo_continuous
+
+    critic = ("policy", "privileged") if "quadruped" in settings.env else ("policy",)
+    names = ("env", "num_envs", "compile", "device", "float32_matmul_precision", "timeout_bootstrap")
+    same = {name: getattr(settings, name) for name in names}
+    dims = dict(actor_hidden_dims=settings.hidden_dims, critic_hidden_dims=settings.hidden_dims)
+    args = ppo_continuous.Args(max_iterations=settings.iterations, actor_obs=("policy",), critic_obs=critic, log_root="", **same, **dims)
+    return dataclasses.replace(args, num_threads=settings.threads)
+
+
+def now(device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def time_reference(args, env) -> dict[str, list[float]]:
+    import reference
+
+    config = reference.configuration(args)
+    if args.compile:
+        config["torch_compile_mode"] = "default"
+    runner = reference.make_runner(args, env, config=config, device=args.device)
+    marks, update, compute_returns = [now(args.device)], runner.alg.update, runner.alg.compute_returns
+
+    def marked(function):
+        def call(*arguments):
+            if function is compute_returns:
+                marks.append(now(args.device))
+            result = function(*arguments)
+            if function is update:
+                marks.append(now(args.device))
+            return result
+
+        return call
+
+    runner.alg.update, runner.alg.compute_returns = marked(update), marked(compute_returns)
+    with quiet():
+        runner.learn(args.max_iterations, init_at_random_ep_len=True)
+    pairs = list(zip(marks, marks[1:]))
+    return {"collection": [b - a for a, b in pairs[::2]], "learning": [b - a for a, b in pairs[1::2]]}
+
+
+def time_ours(args, env) -> dict[str, list[float]]:
+    import ppo_continuous
+
+    with quiet():
+        history = ppo_continuous.train(args, env)
+    return {name: [metrics[f"Perf/{name}_time"] for metrics in history] for name in ("collection", "learning")}
+
+
+def compare(settings: Settings) -> dict:
+    from envs import make
+
+    args = make_args(settings)
+    rounds = {"rsl_rl": [], "ours": []}
+    for _ in range(settings.rounds):
+        for name, function in (("rsl_rl", time_reference), ("ours", time_ours)):
+            torch.set_num_threads(settings.threads)
+            times = function(args, make(args.env, args.num_envs, device=args.device, seed=1))
+            times["iteration"] = [a + b for a, b in zip(times["collection"], times["learning"])]
+            rounds[name].append({part: statistics.median(values[3:]) for part, values in times.items()})
+    figures = {}
+    for part in ("collection", "learning", "iteration"):
+        theirs, ours = ([entry[part] for entry in rounds[name]] for name in ("rsl_rl", "ours"))
+        ratios = sorted(a / b for a, b in zip(theirs, ours))
+        medians = statistics.median(theirs), statistics.median(ours)
+        figures[part] = dict(rsl_rl=medians[0], ours=medians[1], ratio=medians[0] / medians[1], low=ratios[0], high=ratios[-1])
+    return figures
+
+
+def count(settings: Settings) -> dict:
+    """ATen calls of one update divided by its mini-batches; views left out, a foreach call is one (tests/instruments.py)."""
+    import instruments
+    import ppo_continuous
+    import reference
+    from envs import make
+
+    args = dataclasses.replace(make_args(settings), max_iterations=2, num_envs=64)
+    mini_batches, figures = args.num_learning_epochs * args.num_mini_batches, {}
+
+    def counted(function, name):
+        def call(*arguments):
+            operations = instruments.Operations()
+            with instruments.host_reads() as reads, operations:
+                result = function(*arguments)
+            kernels = sum(n for kernel, n in operations.kernels.items() if not kernel.startswith("profiler"))
+            waits = sum(reads.values()) or sum(operations.waits.values())
+            figures[name] = dict(kernels=kernels / mini_batches, waits=waits)
+            return result
+
+        return call
+
+    for foreach in (False, True):
+        runner = reference.make_runner(args, make(args.env, args.num_envs))
+        runner.alg.optimizer.param_groups[0]["foreach"] = foreach
+        runner.alg.update = counted(runner.alg.update, f"rsl_rl, {'foreach' if foreach else 'looping'} Adam")
+        with quiet():
+            runner.learn(args.max_iterations)
+    update, ppo_continuous.update = ppo_continuous.update, counted(ppo_continuous.update, "ours")
+    with quiet():
+        ppo_continuous.train(args, make(args.env, args.num_envs))
+    ppo_continuous.update = update
+    return figures
+
+
+def main(settings: Settings) -> None:
+    if settings.count:
+        figures = count(settings)
+        for name, entry in figures.items():
+            print(f"{name:24s} {entry['kernels']:6.1f} kernels per mini-batch   {entry['waits']:4d} waits per update")
+    else:
+        figures = compare(settings)
+        print(f"{settings.env}, {settings.num_envs} environments, {settings.hidden_dims}, {settings.threads} threads, {settings.device}")
+        for part, entry in figures.items():
+            times = f"rsl_rl {entry['rsl_rl'] * 1e3:8.1f} ms   ours {entry['ours'] * 1e3:8.1f} ms"
+            print(f"{part:12s} {times}   ratio {entry['ratio']:.2f} ({entry['low']:.2f} to {entry['high']:.2f})")
+    if settings.json:
+        pathlib.Path(settings.json).write_text(json.dumps(dataclasses.asdict(settings) | {"figures": figures}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__.split("\n\n")[0]))
