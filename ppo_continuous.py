@@ -832,10 +832,9 @@ def log_iteration(metrics: dict[str, float], iteration: int, args: Args, writer=
     eta = datetime.timedelta(seconds=round((args.max_iterations - iteration - 1) * (collection + learning)))
     print(f"\niteration {iteration + 1}/{args.max_iterations}  {steps:,} steps  {speed:,.0f} steps/s", end="  ")
     print(f"collect {collection:.3f} s  learn {learning:.3f} s  ETA {eta}")
-    episodes = [tag for tag in metrics if tag.startswith(("Train/", "Metrics/", "Curriculum/"))]
-    losses = [tag for tag in metrics if tag.startswith(("Loss/", "Policy/"))]
-    for line in (episodes, losses):
-        print("  " + "  ".join(f"{tag.split('/', 1)[1].removeprefix('mean_')} {metrics[tag]:.4g}" for tag in line), flush=True)
+    for line in (("Train/", "Episode/", "Metrics/", "Curriculum/"), ("Loss/", "Policy/")):
+        tags = [tag for prefix in line for tag in metrics if tag.startswith(prefix)]
+        print("  " + "  ".join(f"{tag.split('/', 1)[1].removeprefix('mean_')} {metrics[tag]:.4g}" for tag in tags), flush=True)
 
 
 def experiment_dir(args: Args) -> pathlib.Path:
@@ -1015,7 +1014,7 @@ class Policy(nn.Module):
         return self.distribution.deterministic(self.mlp(self.obs_normalizer(obs)))
 
     @torch.jit.export
-    def reset(self) -> None:
+    def reset(self, dones: torch.Tensor | None = None) -> None:
         """Nothing to do without memory; there for a uniform interface."""
 
 
@@ -1023,7 +1022,7 @@ class LoadedPolicy:
     """A policy for use in any program: from observations to actions (B, A), without gradients."""
 
     def __init__(self, actor: Model, groups: tuple[str, ...]):
-        self.module, self.groups = Policy(actor).eval(), groups
+        self.module, self.groups = Policy(actor), groups
 
     @torch.no_grad()
     def __call__(self, obs: TensorDict | torch.Tensor) -> torch.Tensor:
@@ -1035,7 +1034,7 @@ class LoadedPolicy:
 
     def reset(self, dones: torch.Tensor | None = None) -> None:
         """Tell the policy which environments (B,) start a new episode; None: all."""
-        self.module.reset()
+        self.module.reset(dones)
 
 
 def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", args: Args | None = None) -> LoadedPolicy:
@@ -1062,7 +1061,7 @@ def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", ar
     shapes = resume.get("actor_shapes", {"obs": (layers[0].shape[1],)})
     actor = make_actor(shapes, layers[-1].shape[0] // (1 if args.distribution == "gaussian" else 2), args)
     restore({"actor": actor.to(device)}, checkpoint, pathlib.Path(path))
-    return LoadedPolicy(actor, tuple(shapes) if resume else args.actor_obs)
+    return LoadedPolicy(actor.eval(), tuple(shapes) if resume else args.actor_obs)
 
 
 def export_policy(policy: Policy, folder: pathlib.Path) -> None:
@@ -1094,7 +1093,8 @@ def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
     """Run a policy for one episode per environment; print its returns and errors, write a film and a tracking plot.
 
     Returns:
-        Means over the episodes: `return`, `episode_length` [env steps] and what the environment logs as `Metrics/...`.
+        Means over the episodes: `return`, `episode_length` [env steps], what the environment logs for each of its copies as
+        `Metrics/...` (over the episode) and as `Episode/...` (at its end).
     """
     check_args(args)
     device = resolve_device(args)
@@ -1122,7 +1122,7 @@ def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
 
 @torch.no_grad()
 def roll_out(env: VecEnv, policy, device: torch.device, args: Args, film: pathlib.Path) -> dict[str, list[float]]:
-    """One episode in every environment: each one's return, length and mean `Metrics/...`; writes `<film>.gif` and `.png`."""
+    """One episode in every environment: return, length, mean `Metrics/...`, last `Episode/...`; writes `<film>.gif`, `.png`."""
     obs, frames, tracked, totals = env.get_observations().to(device), [], [], {}
     running = torch.ones(env.num_envs, dtype=torch.bool, device=device)
     frame_interval = max(1, round(0.06 / getattr(env, "step_dt", 0.06)))  # about 16 pictures per second
@@ -1131,12 +1131,16 @@ def roll_out(env: VecEnv, policy, device: torch.device, args: Args, film: pathli
             frames.append(Image.fromarray(env.render()).quantize(64, method=Image.Quantize.FASTOCTREE))
         actions = policy(obs) if args.clip_actions is None else policy(obs).clamp(-args.clip_actions, args.clip_actions)
         obs, rewards, dones, extras = env.step(actions.to(env.device))
-        obs, logged = obs.to(device), extras.get("log") or {}
-        values = {
-            name: x for name, x in logged.items() if name.startswith("Metrics/") and getattr(x, "shape", ()) == running.shape
-        }
+        obs = obs.to(device)
+        values = {name: x for name, x in (extras.get("log") or {}).items() if getattr(x, "shape", None) == running.shape}
         for name, value in (values | {"return": rewards, "episode_length": torch.ones_like(rewards)}).items():
-            totals[name] = totals.get(name, 0.0) + torch.where(running, value.to(device), 0.0)
+            value = value.to(device)
+            if name.startswith("Episode/"):  # what counts is how the episode ended; the rest is summed up
+                totals[name] = torch.where(running, value, totals.get(name, value))
+            elif name.startswith("Metrics/") or name in ("return", "episode_length"):
+                totals[name] = totals.get(name, 0.0) + torch.where(running, value, 0.0)
+        if hasattr(policy, "reset"):  # the zero and random agents have nothing to forget
+            policy.reset(dones.to(device))
         running &= ~dones.to(device).bool()
         if hasattr(env, "tracking") and running[0]:
             tracked.append({name: pair[0].tolist() for name, pair in env.tracking().items()})
@@ -1265,12 +1269,12 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     Returns:
         One dict of metrics per iteration, keyed by log tags (`Loss/surrogate`, `Train/mean_reward`, ...).
     """
+    args = dataclasses.replace(args, num_envs=env.num_envs) if env else args
     check_args(args)
     device = resolve_device(args)
     set_up_torch(args, device)
     path = find_checkpoint(args) if args.resume else None
     env = env or make_env(args, device)
-    args = dataclasses.replace(args, num_envs=env.num_envs)
     obs = env.get_observations().to(device)
     actor, critic = make_models(obs, env.num_actions, args)
     optimizer = make_optimizer([*actor.parameters(), *critic.parameters()], args)
@@ -1325,7 +1329,8 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
                 upload(run_dir / f"model_{iteration}.pt", iteration, args, writer)
             if run_dir and args.video_interval and (last or iteration % args.video_interval == 0):
                 film_env = make_env(dataclasses.replace(args, num_envs=1), device, play=True)
-                roll_out(film_env, LoadedPolicy(actor, tuple(actor.shapes)), device, args, film=run_dir / f"video_{iteration}")
+                policy = LoadedPolicy(copy.deepcopy(actor).eval(), tuple(actor.shapes))
+                roll_out(film_env, policy, device, args, film=run_dir / f"video_{iteration}")
                 upload(run_dir / f"video_{iteration}.gif", iteration, args, writer)
             if last:
                 break

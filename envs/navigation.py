@@ -26,7 +26,7 @@ Maze, for ppo_rnd.py: find the goal at the far end of a maze, about 20 m from th
     reward            10.0 on reaching the goal, else 0
     ends              at the goal; time-out after 30 s (300 steps)
 
-`Metrics/success` is the share of environments whose latest finished episode reached its goal (0 before the first
+`Episode/success` is the share of environments whose latest finished episode reached its goal (0 before the first
 ends). Every environment counts once, however long its episodes are and however few of them end.
 """
 
@@ -219,7 +219,7 @@ class Cue(Navigation):
         reached = self._check_goal()
         at_landmark = self._touches(self.landmarks).any(1)
         rewards = 0.5 * (before - self._goal_distance()) + reached
-        return rewards, at_landmark, {"Metrics/success": self.success.clone()}
+        return rewards, at_landmark, {"Episode/success": torch.where(self.reached, 1.0, self.success)}
 
     def _reset(self, mask):
         index = self._uniform(0.0, 4.0).long()  # (N,)
@@ -265,7 +265,7 @@ class Pixels(Navigation):
         reached = self._check_goal()
         crashed = self._touches(self.crates).any(1)
         rewards = 0.5 * (before - self._goal_distance()) + reached - 1.0 * crashed
-        return rewards, reached | crashed, {"Metrics/success": self.success.clone()}
+        return rewards, reached | crashed, {"Episode/success": torch.where(self.reached, 1.0, self.success)}
 
     def _reset(self, mask):
         # Robot, goal and crates in different cells, up to 0.1 m off the middle: the robot fits between any two crates.
@@ -335,7 +335,7 @@ class Maze(Navigation):
         x, y = self._place(BINS)
         self.visits.view(-1).scatter_add_(0, y * self.visits.shape[1] + x, torch.ones_like(x))
         visited = (self.visits > 0).sum() / self.num_squares
-        log = {"Metrics/success": self.success.clone(), "Metrics/visited": visited}
+        log = {"Episode/success": torch.where(self.reached, 1.0, self.success), "Metrics/visited": visited}
         return 10.0 * reached, reached, log
 
     def _reset(self, mask):

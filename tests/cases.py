@@ -11,6 +11,7 @@ from typing import Any
 SMALL = dict(num_envs=64, max_iterations=10, actor_hidden_dims=(32, 32), critic_hidden_dims=(32, 32), log_root="")
 SMALL |= dict(timeout_bootstrap="reference", actor_obs=("policy",), critic_obs=("policy",))
 ASYMMETRIC = dict(critic_obs=("policy", "privileged"))
+RECURRENT = dict(num_envs=26, num_mini_batches=3, rnn_hidden_dim=12, rnn_num_layers=2)
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cartpole": ("ppo_continuous", "cartpole", SMALL),
@@ -38,6 +39,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "quadruped",
         SMALL | ASYMMETRIC | dict(num_envs=32, seed=7, num_learning_epochs=2, init_at_random_ep_len=False),
     ),
+    "cue-lstm": ("ppo_rnn", "navigation-cue", SMALL | ASYMMETRIC | RECURRENT | dict(rnn_type="lstm")),
+    "cue-gru": ("ppo_rnn", "navigation-cue", SMALL | ASYMMETRIC | RECURRENT | dict(rnn_type="gru")),
 }
 
 

@@ -143,3 +143,49 @@ def run(args: Any, env: Any, config: dict | None = None) -> tuple[list[dict[str,
     finally:
         torch.Tensor.float = to_float
     return history, runner
+
+
+def distillation_configuration(args: Any, teacher: Any) -> dict:
+    """rsl_rl's configuration of distill_dagger.py's student, and of a teacher that a PPO script trained with `teacher`'s Args."""
+    models = {"student": (args, args.student_hidden_dims, args.student_obs)}
+    models["teacher"] = (teacher, teacher.actor_hidden_dims, teacher.actor_obs)
+    config = {"num_steps_per_env": args.num_steps_per_env, "save_interval": 10**9, "obs_groups": {}}
+    for name, (settings, hidden_dims, groups) in models.items():
+        config["obs_groups"][name] = list(groups)
+        distribution = {"class_name": DISTRIBUTIONS[settings.distribution]}
+        if settings.distribution == "beta":
+            distribution["action_range"] = settings.action_range
+        else:
+            distribution |= {"init_std": settings.init_std, "std_type": settings.std_type}
+        model = {"class_name": "MLPModel", "activation": settings.activation, "obs_normalization": settings.obs_normalization}
+        if getattr(settings, "rnn_type", "none") != "none":
+            memory = ("rnn_type", "rnn_hidden_dim", "rnn_num_layers")
+            model |= {"class_name": "RNNModel"} | {key: getattr(settings, key) for key in memory}
+        config[name] = model | {"hidden_dims": list(hidden_dims), "distribution_cfg": distribution}
+    copied = ("num_learning_epochs", "gradient_length", "learning_rate", "max_grad_norm", "loss_type", "optimizer")
+    config["algorithm"] = {"class_name": "Distillation"} | {name: getattr(args, name) for name in copied}
+    return config
+
+
+def run_distillation(args: Any, env: Any, teacher: Any) -> tuple[list[dict[str, float]], Any]:
+    """Distil `args.max_iterations` iterations from `args.teacher`; return what each one logs, and the runner."""
+    from rsl_rl.runners import DistillationRunner
+
+    torch.manual_seed(args.seed)
+    history = []
+    with contextlib.redirect_stdout(io.StringIO()):
+        runner = DistillationRunner(env, distillation_configuration(args, teacher), log_dir=None, device="cpu")
+        runner.load(args.teacher[0])
+        algorithm, update = runner.alg, runner.alg.update
+
+        def noted() -> dict[str, float]:
+            losses = update()
+            numbers = {f"Loss/{name}": value for name, value in losses.items()}
+            numbers["Loss/learning_rate"] = algorithm.learning_rate
+            numbers["Policy/mean_std"] = algorithm.get_policy().output_std.mean().item()
+            history.append(numbers)
+            return losses
+
+        algorithm.update = noted
+        runner.learn(args.max_iterations, init_at_random_ep_len=args.init_at_random_ep_len)
+    return history, runner

@@ -247,7 +247,7 @@ def test_success_is_that_of_the_latest_finished_episode(task):
     *_, dones, extras = env.step(torch.zeros(4, 2))
     assert dones.tolist() == [True, False, False, False] and env.success.tolist() == [1.0, 0.0, 0.0, 0.0]
     extras = env.step(torch.zeros(4, 2))[3]
-    assert extras["log"]["Metrics/success"].float().mean() == 0.25
+    assert extras["log"]["Episode/success"].float().mean() == 0.25
     env.episode_length_buf = torch.full((4,), env.max_episode_length - 1)
     dones = env.step(torch.zeros(4, 2))[2]
     assert dones.all() and not env.success.any()

@@ -78,6 +78,24 @@ def test_users_own_environment_and_factory():
     assert done.returncode == 0 and "iteration 1/1" in done.stdout, done.stderr
 
 
+def test_buffers_that_the_environment_reuses():
+    """An environment that returns the same tensors at every step trains like one that returns new ones."""
+
+    class Reusing(toy.Toy):
+        obs = rewards = dones = None
+
+        def step(self, actions):
+            obs, rewards, dones, extras = super().step(actions)
+            if self.obs is None:
+                self.obs, self.rewards, self.dones = obs.clone(), rewards.clone(), dones.clone()
+            for buffer, value in ((self.rewards, rewards), (self.dones, dones)):
+                buffer.copy_(value)
+            return self.obs.update_(obs), self.rewards, self.dones, extras
+
+    histories = [module.train(args_of(log_root=""), env) for env in (toy.Toy(8), Reusing(8))]
+    assert str(numbers(histories[0])) == str(numbers(histories[1]))
+
+
 def test_resumed_run_equals_uninterrupted_run():
     whole = module.train(args_of(log_root="whole"), make("cartpole", 16))
     module.train(args_of(log_root="logs", max_iterations=3), make("cartpole", 16))
