@@ -1330,7 +1330,8 @@ def stop_signals():
 
 def tensors_of(agent: dict) -> list[torch.Tensor]:
     """Every tensor that an update changes: weights, statistics, optimizer state, learning rate."""
-    tensors = [x for part in agent.values() if isinstance(part, nn.Module) for x in part.state_dict().values()]
+    modules = [part for part in agent.values() if isinstance(part, nn.Module)]
+    tensors = [x.detach() for module in modules for x in (*module.parameters(), *module.buffers())]
     for optimizer in (part for part in agent.values() if isinstance(part, torch.optim.Optimizer)):
         tensors += [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
         tensors += [group["lr"] for group in optimizer.param_groups]
@@ -1413,10 +1414,10 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     history = []
     with stop_signals() as stop:
         for iteration in range(start, args.max_iterations):
+            torch._foreach_copy_(backup, tensors_of(agent))
             times = [timestamp(device)]
             metrics = run_collect()
             times.append(timestamp(device))
-            torch._foreach_copy_(backup, tensors_of(agent))
             permutation.copy_(torch.randperm(samples, device=device))
             metrics = metrics | run_update()
             times.append(timestamp(device))

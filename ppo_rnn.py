@@ -513,7 +513,7 @@ def make_models(obs: TensorDict, num_actions: int, args: Args) -> tuple[Model, M
 
 
 def resolve_groups(obs: TensorDict, args: Args) -> dict[str, tuple[str, ...]]:
-    """Observation groups of actor and critic: as asked for, or by convention; printed either way."""
+    """Observation groups of each network: as asked for, or by convention; printed either way."""
     actor = args.actor_obs or first_group(obs, "actor", "policy", "state")
     critic = args.critic_obs or first_group(obs, "critic") or actor + first_group(obs, "privileged", "privileged_state")
     available = ", ".join(f"{group} {tuple(x.shape[1:])}" for group, x in obs.items())
@@ -1364,7 +1364,8 @@ def stop_signals():
 
 def tensors_of(agent: dict) -> list[torch.Tensor]:
     """Every tensor that an update changes: weights, statistics, optimizer state, learning rate."""
-    tensors = [x for part in agent.values() if isinstance(part, nn.Module) for x in part.state_dict().values()]
+    modules = [part for part in agent.values() if isinstance(part, nn.Module)]
+    tensors = [x.detach() for module in modules for x in (*module.parameters(), *module.buffers())]
     for optimizer in (part for part in agent.values() if isinstance(part, torch.optim.Optimizer)):
         tensors += [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
         tensors += [group["lr"] for group in optimizer.param_groups]
@@ -1446,10 +1447,10 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     history = []
     with stop_signals() as stop:
         for iteration in range(start, args.max_iterations):
+            torch._foreach_copy_(backup, tensors_of(agent))
             times = [timestamp(device)]
             metrics = run_collect()
             times.append(timestamp(device))
-            torch._foreach_copy_(backup, tensors_of(agent))
             metrics = metrics | run_update()
             times.append(timestamp(device))
             metrics = fetch(metrics)
