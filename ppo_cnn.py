@@ -250,12 +250,12 @@ class EmpiricalNormalization(nn.Module):
     Buffer names are rsl_rl's; all updates are in place and stay on the device.
     """
 
-    def __init__(self, size: int, eps: float = 1e-2):
+    def __init__(self, *shape: int, eps: float = 1e-2):
         super().__init__()
         self.eps = eps
-        self.register_buffer("_mean", torch.zeros(1, size))
-        self.register_buffer("_var", torch.ones(1, size))
-        self.register_buffer("_std", torch.ones(1, size))
+        self.register_buffer("_mean", torch.zeros(1, *shape))
+        self.register_buffer("_var", torch.ones(1, *shape))
+        self.register_buffer("_std", torch.ones(1, *shape))
         self.register_buffer("count", torch.tensor(0, dtype=torch.long))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -618,7 +618,7 @@ def bootstrap_value(critic: Model, row: TensorDict, extras: dict, args: Args) ->
     time_outs = extras["time_outs"].to(row.device)
     if args.timeout_bootstrap == "reference" or extras.get("final_obs") is None:
         return row["values"] * time_outs
-    values = evaluate(critic, extras["final_obs"].to(row.device))
+    values = evaluate(critic, row["obs"].clone().update_(extras["final_obs"].select(*row["obs"].keys())))
     return torch.where(time_outs.bool(), values, 0.0)  # not a product: rows without a time-out may hold anything
 
 
@@ -1149,8 +1149,11 @@ def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", ar
         raise UserError(f"--checkpoint {path}: has no actor_state_dict; it holds {', '.join(map(str, checkpoint))}")
     state, resume = checkpoint["actor_state_dict"], checkpoint.get("resume", {})
     layers = [value for key, value in state.items() if re.fullmatch(r"mlp\.\d+\.weight", key)]
+    saved = {
+        field.name: resume["args"][field.name] for field in dataclasses.fields(Args) if field.name in resume.get("args", {})
+    }
     args = dataclasses.replace(
-        Args(**resume["args"]) if resume else args or Args(),
+        Args(**saved) if resume else args or Args(),
         actor_hidden_dims=tuple(layer.shape[0] for layer in layers[:-1]),
         obs_normalization="obs_normalizer._mean" in state,
     )

@@ -246,12 +246,12 @@ class EmpiricalNormalization(nn.Module):
     Buffer names are rsl_rl's; all updates are in place and stay on the device.
     """
 
-    def __init__(self, size: int, eps: float = 1e-2):
+    def __init__(self, *shape: int, eps: float = 1e-2):
         super().__init__()
         self.eps = eps
-        self.register_buffer("_mean", torch.zeros(1, size))
-        self.register_buffer("_var", torch.ones(1, size))
-        self.register_buffer("_std", torch.ones(1, size))
+        self.register_buffer("_mean", torch.zeros(1, *shape))
+        self.register_buffer("_var", torch.ones(1, *shape))
+        self.register_buffer("_std", torch.ones(1, *shape))
         self.register_buffer("count", torch.tensor(0, dtype=torch.long))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -618,7 +618,8 @@ def bootstrap_value(critic: Model, row: TensorDict, extras: dict, args: Args) ->
     time_outs = extras["time_outs"].to(row.device)
     if args.timeout_bootstrap == "reference" or extras.get("final_obs") is None:
         return row["values"] * time_outs
-    values, _ = evaluate(critic, extras["final_obs"].to(row.device), row["state"])
+    final_obs = row["obs"].clone().update_(extras["final_obs"].select(*row["obs"].keys()))
+    values, _ = evaluate(critic, final_obs, row["state"])
     return torch.where(time_outs.bool(), values, 0.0)  # not a product: rows without a time-out may hold anything
 
 
@@ -1169,8 +1170,11 @@ def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", ar
         raise UserError(f"--checkpoint {path}: its actor has no RNN (ppo_continuous.py plays it)")
     gates, hidden_dim = state["rnn.rnn.weight_hh_l0"].shape  # an LSTM has 4 gates, a GRU 3
     layers = [value for key, value in state.items() if re.fullmatch(r"mlp\.\d+\.weight", key)]
+    saved = {
+        field.name: resume["args"][field.name] for field in dataclasses.fields(Args) if field.name in resume.get("args", {})
+    }
     args = dataclasses.replace(
-        Args(**resume["args"]) if resume else args or Args(),
+        Args(**saved) if resume else args or Args(),
         actor_hidden_dims=tuple(layer.shape[0] for layer in layers[:-1]),
         obs_normalization="obs_normalizer._mean" in state,
         rnn_type="lstm" if gates == 4 * hidden_dim else "gru",

@@ -145,7 +145,7 @@ def run(args: Any, env: Any, config: dict | None = None) -> tuple[list[dict[str,
     return history, runner
 
 
-def distillation_configuration(args: Any, teacher: Any) -> dict:
+def distillation_configuration(args: Any, teacher: Any, shapes: dict[str, tuple[int, ...]]) -> dict:
     """rsl_rl's configuration of distill_dagger.py's student, and of a teacher that a PPO script trained with `teacher`'s Args."""
     models = {"student": (args, args.student_hidden_dims, args.student_obs)}
     models["teacher"] = (teacher, teacher.actor_hidden_dims, teacher.actor_obs)
@@ -161,6 +161,11 @@ def distillation_configuration(args: Any, teacher: Any) -> dict:
         if getattr(settings, "rnn_type", "none") != "none":
             memory = ("rnn_type", "rnn_hidden_dim", "rnn_num_layers")
             model |= {"class_name": "RNNModel"} | {key: getattr(settings, key) for key in memory}
+        images = [group for group in groups if len(shapes[group]) == 3]
+        if images:
+            names = ("output_channels", "kernel_size", "stride", "dilation", "norm", "max_pool", "padding", "global_pool")
+            cnn = {key: getattr(settings, f"cnn_{key}") for key in names} | {"activation": settings.activation}
+            model |= {"class_name": "CNNModel", "cnn_cfg": {group: cnn for group in images}}
         config[name] = model | {"hidden_dims": list(hidden_dims), "distribution_cfg": distribution}
     copied = ("num_learning_epochs", "gradient_length", "learning_rate", "max_grad_norm", "loss_type", "optimizer")
     config["algorithm"] = {"class_name": "Distillation"} | {name: getattr(args, name) for name in copied}
@@ -174,7 +179,8 @@ def run_distillation(args: Any, env: Any, teacher: Any) -> tuple[list[dict[str, 
     torch.manual_seed(args.seed)
     history = []
     with contextlib.redirect_stdout(io.StringIO()):
-        runner = DistillationRunner(env, distillation_configuration(args, teacher), log_dir=None, device="cpu")
+        shapes = {group: tuple(x.shape[1:]) for group, x in env.get_observations().items()}
+        runner = DistillationRunner(env, distillation_configuration(args, teacher, shapes), log_dir=None, device="cpu")
         runner.load(args.teacher[0])
         algorithm, update = runner.alg, runner.alg.update
 

@@ -124,11 +124,13 @@ def test_statistics_count_every_finished_episode():
 def test_time_out_bootstraps_from_the_true_last_observation():
     args = module.Args(critic_hidden_dims=(4,))
     critic = module.Model({"policy": (1,)}, (4,), args)
-    row = TensorDict(values=torch.tensor([5.0, 5.0]), batch_size=[2], device="cpu")
-    final = TensorDict({"policy": torch.tensor([[1.0], [math.nan]])}, batch_size=[2])  # only the first is a time-out
+    obs = TensorDict({"policy": torch.zeros(2, 1)}, batch_size=[2])
+    row = TensorDict(obs=obs, values=torch.tensor([5.0, 5.0]), batch_size=[2], device="cpu")
+    # Only the first is a time-out; an environment may compute in float64, and give groups that nobody asked for.
+    final = TensorDict({"policy": torch.tensor([[1.0], [math.nan]]).double(), "unused": torch.ones(2, 1)}, batch_size=[2])
     extras = {"time_outs": torch.tensor([True, False]), "final_obs": final}
     with torch.no_grad():
-        value = module.evaluate(critic, final)[0].item()
+        value = module.evaluate(critic, final.float())[0].item()
         assert module.bootstrap_value(critic, row, extras, args).tolist() == [value, 0.0]
         del extras["final_obs"]
         assert module.bootstrap_value(critic, row, extras, args).tolist() == [5.0, 0.0]
