@@ -810,14 +810,19 @@ def make_batches(actor: Model, critic: Model, storage: TensorDict, permutation: 
 def mini_batch_step(actor: Model, critic: Model, optimizer, batch: TensorDict, loss_fn, args: Args) -> dict[str, torch.Tensor]:
     """One gradient step of actor and critic together."""
     loss, metrics = loss_fn(actor, critic, batch, args)
-    optimizer.zero_grad()
-    loss.backward()
+    backward(loss, optimizer, metrics)
     if args.schedule == "adaptive":
         adapt_learning_rate(optimizer, metrics["kl"], args)
     metrics["actor_grad_norm"] = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
     metrics["critic_grad_norm"] = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
     optimizer.step()
     return {name: value.detach() for name, value in metrics.items()}
+
+
+def backward(loss: torch.Tensor, optimizer, metrics: dict[str, torch.Tensor]) -> None:
+    """Gradients of the loss (on several ranks: their average, and the average of the KL in `metrics`)."""
+    optimizer.zero_grad()
+    loss.backward()
 
 
 def adapt_learning_rate(optimizer, kl: torch.Tensor, args: Args) -> None:
@@ -832,8 +837,7 @@ def distillation_step(rnd: RandomNetworkDistillation, states: torch.Tensor) -> d
     """One step of the predictor, by its own optimizer, on normalised states (B, S); nothing is clipped, nor in bfloat16."""
     # L = || g(s) - f(s) ||^2 / K, averaged over the batch, for K outputs        arXiv:1810.12894 section 2.2
     loss = nn.functional.mse_loss(rnd.predictor(states), rnd.target(states))
-    rnd.optimizer.zero_grad()
-    loss.backward()
+    backward(loss, rnd.optimizer, {})
     rnd.optimizer.step()
     return {"rnd": loss.detach()}
 
@@ -934,7 +938,8 @@ def fetch(metrics: dict) -> dict[str, float]:
     tensors = {name: value.reshape(-1) for name, value in metrics.items() if torch.is_tensor(value)}
     numbers = iter(torch.cat([value.double() for value in tensors.values()]).tolist())
     means = {name: sum(next(numbers) for _ in value) / len(value) for name, value in tensors.items()}
-    return metrics | means
+    metrics = metrics | means
+    return metrics
 
 
 def timestamp(device: torch.device):
@@ -1473,13 +1478,14 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
             permutation.copy_(torch.randperm(samples, device=device))
             metrics = metrics | run_update()
             times.append(timestamp(device))
+            stopping = bool(stop)
             metrics = fetch(metrics)
             if not all(value for name, value in metrics.items() if name.startswith("finite/")):
                 torch._foreach_copy_(tensors_of(agent), backup)
                 raise FloatingPointError(describe_nan(metrics, iteration, storage, run_dir))
             history.append(summarize(metrics, times, args))
             log_iteration(history[-1], iteration, args, writer)
-            last = bool(stop) or iteration == args.max_iterations - 1
+            last = stopping or iteration == args.max_iterations - 1
             if run_dir and (last or iteration % args.save_interval == 0):
                 resume = resume_state(args, env, actor, storage, episodes) | {"rnd": rnd.progress()}
                 save_checkpoint(run_dir / f"model_{iteration}.pt", agent, iteration, resume)

@@ -488,6 +488,10 @@ class Quadruped(TorchEnv):
 
     # Watching
 
+    def contacts(self) -> dict[str, torch.Tensor]:
+        """Which feet touch the ground, (N,) bool each; left and right of a pair one after the other."""
+        return {name: self.force[:, leg, 2] > 0.0 for leg, name in enumerate(("FL", "FR", "RL", "RR"))}
+
     def tracking(self) -> dict[str, torch.Tensor]:
         """Commanded and actual velocities, (N, 2) each."""
         _, velocity, _ = self._body_frame()

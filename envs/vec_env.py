@@ -40,7 +40,9 @@ class VecEnv(Protocol):
     #   render() -> (H, W, 3) uint8 array      a picture of environment 0
     #   tracking() -> {name: (N, 2) tensor}    commanded and actual value of each tracked quantity, for `--play`
     #   symmetry(env, obs, actions)            mirror function for ppo_symmetry.py
-    #   mirror_state()                         mirrors the whole simulation state in place, to check that function
+    #   mirror_state()                         mirrors the whole simulation in place, to check that function: ppo_symmetry.py
+    #                                          steps deep copies of the environment, with `play = True` for silence
+    #   contacts() -> {foot: (N,) bool}        feet on the ground, in left-right pairs, for its `--play`
     #   view(policy)                           the simulator's own viewer, for `--play --viewer`
     #   close()                                called when training ends
 

@@ -11,6 +11,7 @@ from typing import Any
 SMALL = dict(num_envs=64, max_iterations=10, actor_hidden_dims=(32, 32), critic_hidden_dims=(32, 32), log_root="")
 SMALL |= dict(timeout_bootstrap="reference", actor_obs=("policy",), critic_obs=("policy",))
 ASYMMETRIC = dict(critic_obs=("policy", "privileged"))
+MIRROR_LOSS = dict(num_envs=32, use_mirror_loss=True, mirror_loss_coeff=0.7)
 SCHEDULE = dict(rnd_initial_step=40, rnd_final_step=177, rnd_final_value=0.7)
 CURIOUS = dict(rnd_weight=3.3, rnd_predictor_hidden_dims=(16, 8), rnd_target_hidden_dims=(24,), rnd_num_outputs=5)
 RECURRENT = dict(num_envs=26, num_mini_batches=3, rnn_hidden_dim=12, rnn_num_layers=2)
@@ -43,6 +44,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "cue-lstm": ("ppo_rnn", "navigation-cue", SMALL | ASYMMETRIC | RECURRENT | dict(rnn_type="lstm")),
     "cue-gru": ("ppo_rnn", "navigation-cue", SMALL | ASYMMETRIC | RECURRENT | dict(rnn_type="gru")),
+    "symmetry-augmentation": ("ppo_symmetry", "quadruped", SMALL | ASYMMETRIC | dict(num_envs=32, use_data_augmentation=True)),
+    "symmetry-mirror": ("ppo_symmetry", "quadruped", SMALL | ASYMMETRIC | MIRROR_LOSS | dict(use_data_augmentation=False)),
+    "symmetry-both": ("ppo_symmetry", "quadruped", SMALL | ASYMMETRIC | MIRROR_LOSS | dict(use_data_augmentation=True)),
+    "symmetry-logging": ("ppo_symmetry", "quadruped", SMALL | ASYMMETRIC | dict(num_envs=32, use_data_augmentation=False)),
     "rnd-plain": ("ppo_rnd", "navigation-maze", SMALL | CURIOUS | dict(rnd_obs=("rnd",))),
     "rnd-state-step": (
         "ppo_rnd",

@@ -5,7 +5,7 @@ import instruments
 import pytest
 import torch
 
-SCRIPTS = ["ppo_continuous"]
+SCRIPTS = ["ppo_continuous", "ppo_rnn", "ppo_cnn", "ppo_rnd", "ppo_symmetry"]
 ON_DEVICE = ("act", "evaluate", "collect", "bootstrap_value", "finish_episodes", "compute_gae", "ppo_loss", "make_batches")
 ON_DEVICE += ("mini_batch_step", "adapt_learning_rate", "update", "finite_flags")
 ON_DEVICE += ("Adam", "Model", "EmpiricalNormalization", "Gaussian", "Beta")
