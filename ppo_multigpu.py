@@ -1,0 +1,1528 @@
+"""PPO on several GPUs, of one machine or of many: one process for each, the same learning in all of them.
+
+    torchrun --nproc-per-node 8 ppo_multigpu.py --num-envs 4096     # 8 x 4096 environments
+    python ppo_multigpu.py                                          # without torchrun: a world of one rank
+
+Implements synchronous data-parallel PPO as rsl_rl does (Schwarke et al. 2025, arXiv:2509.10771; Rudin et al. 2022,
+arXiv:2109.11978): every rank steps its own environments, gradients are averaged, so that weights and learning rate stay
+equal, bit for bit. NCCL between GPUs, gloo between CPUs. Equals rsl_rl 5.5.1's multi-GPU path (tests/test_multigpu.py).
+
+Shapes: T steps per rollout, N environments of this rank, B samples in a mini-batch, O observation size, A actions,
+W ranks.
+
+Differs from ppo_continuous.py:
+- Args: rank_timeout, normalize_advantage_over_ranks
+- EmpiricalNormalization: moments of all ranks' observations
+- compute_gae: advantages may be normalised over all ranks
+- average: new; mean of a tensor over the ranks
+- backward: averages all gradients, and the KL divergence, over the ranks in one collective
+- describe_nan: names the rank in which it began; that rank dumps its rollout
+- fetch: means of all ranks' metrics
+- summarize: steps per second of all ranks
+- log_iteration: steps of all ranks
+- save_checkpoint: rank 0 writes, with the random streams and environments of all ranks
+- load_resume_state: every rank takes its own, where their number is the same
+- gather: new; the values of all ranks
+- synchronize: new; refuses unequal ranks, then makes weights and normalisers equal
+- distributed: new; joins torchrun's ranks, resumes after its restarts, names the rank through which all have failed
+- train: is `distributed`; rank 0 makes the run's folder and exports; stops where any rank was told to
+- main: rank 0 alone prints; a lost rank is a one-line error
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import datetime
+import importlib
+import inspect
+import io
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import tyro
+import yaml
+from PIL import Image
+from tensordict import TensorDict
+
+if TYPE_CHECKING:
+    from envs.vec_env import VecEnv
+
+
+class UserError(ValueError):
+    """Something the user can mend; its one-line message names the flag or field, the value and what would be right."""
+
+
+# ---- Config ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Args:
+    """Names and defaults are rsl_rl's; built-in tasks bring tuned ones (`--help --env <id>` shows them)."""
+
+    env: str = "quadruped"
+    """Built-in task, `simulator:task`, or `package.module:factory` for a function that returns your environment."""
+    env_defaults: bool = True
+    """Start from the settings that the environment recommends, where it has any (command line only)."""
+    num_envs: int = 4096
+    """N, environments that step in parallel."""
+    num_steps_per_env: int = 24
+    """T, env steps per environment and iteration."""
+    max_iterations: int = 1500
+    """Iterations in total; a resumed run continues to this number."""
+    init_at_random_ep_len: bool = True
+    """Start at random episode lengths, so that the environments do not all time out together."""
+    timeout_bootstrap: Literal["final_obs", "reference"] = "final_obs"
+    """At a time-out bootstrap from V(final_obs), where the environment gives it, or from V(s_t), as rsl_rl does."""
+    clip_actions: float | None = None
+    """Clamp the actions sent to the environment to +-this."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is a GPU."""
+    num_threads: int = 0
+    """CPU threads; 0 decides by the size of the networks, unless OMP_NUM_THREADS is set."""
+    rank_timeout: float = 45.0
+    """Seconds to wait for another rank before all stop; more, where environments take unequally long to build."""
+    seed: int = 1
+    """Seed of the environment, the weights and the sampling."""
+
+    actor_obs: tuple[str, ...] = ()
+    """Observation groups of the actor; left out: `actor`, `policy` or `state`, whichever the environment has."""
+    critic_obs: tuple[str, ...] = ()
+    """Observation groups of the critic; left out: `critic`, or the actor's and `privileged` or `privileged_state`."""
+    obs_normalization: bool = True
+    """Normalise observations by their running mean and standard deviation."""
+    actor_hidden_dims: tuple[int, ...] = (512, 256, 128)
+    """Hidden layers of the actor."""
+    critic_hidden_dims: tuple[int, ...] = (512, 256, 128)
+    """Hidden layers of the critic."""
+    activation: Literal["elu", "relu", "selu", "gelu", "silu", "mish", "lrelu", "tanh", "softplus", "sigmoid"] = "elu"
+    """Activation of both networks."""
+    distribution: Literal["gaussian", "heteroscedastic", "beta"] = "gaussian"
+    """Action distribution: Gaussian, Gaussian with a state-dependent standard deviation, or Beta (bounded actions)."""
+    std_type: Literal["scalar", "log"] = "scalar"
+    """The network's parameter is the standard deviation, or its logarithm."""
+    init_std: float = 1.0
+    """Initial standard deviation of the actions."""
+    learn_std: bool = True
+    """Learn the standard deviation (`gaussian` only)."""
+    action_range: tuple[float, float] = (-1.0, 1.0)
+    """Range of the actions (`beta` only)."""
+
+    num_learning_epochs: int = 5
+    """Passes over each rollout."""
+    num_mini_batches: int = 4
+    """Mini-batches per pass; samples that do not fill one are dropped."""
+    gamma: float = 0.99
+    """Discount per env step."""
+    lam: float = 0.95
+    """lambda of the generalised advantage estimate."""
+    clip_param: float = 0.2
+    """epsilon of the clipped surrogate, and range of the value clipping."""
+    use_clipped_value_loss: bool = True
+    """Clip the value update to +-clip_param, in return units."""
+    value_loss_coef: float = 1.0
+    """Weight of the value loss."""
+    entropy_coef: float = 0.01
+    """Weight of the entropy bonus."""
+    normalize_advantage_per_mini_batch: bool = False
+    """Normalise advantages over each mini-batch instead of over the rollout."""
+    normalize_advantage_over_ranks: bool = False
+    """Normalise advantages over the rollouts of all ranks instead of over each rank's own."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Optimizer of actor and critic together."""
+    learning_rate: float = 1e-3
+    """Learning rate; with the adaptive schedule the first one."""
+    schedule: Literal["adaptive", "fixed"] = "adaptive"
+    """`adaptive` steers the learning rate so that the KL divergence of a mini-batch stays near desired_kl."""
+    desired_kl: float = 0.01
+    """KL divergence that the adaptive schedule aims at."""
+    max_grad_norm: float = 1.0
+    """Gradient norm at which actor and critic are clipped, each for itself."""
+
+    compile: bool = False
+    """Compile the loss with torch.compile."""
+    cuda_graphs: bool = True
+    """On CUDA: capture rollout and update as CUDA graphs."""
+    mixed_precision: bool = False
+    """Run the networks of the update in bfloat16; distributions and losses stay in float32."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """`high` lets CUDA multiply in TF32."""
+
+    experiment_name: str = ""
+    """Folder of this experiment's runs; left out: script and environment."""
+    run_name: str = ""
+    """Suffix of the run's folder."""
+    log_root: str = "logs"
+    """Where runs are written, `<log_root>/<experiment_name>/<time>_<run_name>`; empty: write nothing at all."""
+    logger: str = "tensorboard"
+    """`tensorboard`, `wandb`, `none`, or `package.module:Writer` for an object with add_scalar(tag, value, step)."""
+    upload_model: bool = True
+    """Upload checkpoints to W&B as artifacts."""
+    save_interval: int = 50
+    """Iterations between checkpoints."""
+    video_interval: int = 0
+    """Iterations between films of the current policy; 0: none."""
+
+    resume: bool = False
+    """Continue a run with its weights, optimizer, random streams and environment state."""
+    load_run: str = ".*"
+    """Which run to load: a regular expression of its folder's name; of several the newest."""
+    checkpoint: str = ""
+    """Which checkpoint to load: a path, or a regular expression of a file in the run; left out: the newest."""
+    wandb_run_path: str = ""
+    """Load the checkpoint from this W&B run, `entity/project/run`."""
+    play: bool = False
+    """Run a policy instead of training: print returns, write a film and a plot."""
+    export: bool = False
+    """Write a checkpoint's policy as ONNX and TorchScript instead of training."""
+    agent: Literal["policy", "zero", "random"] = "policy"
+    """Who acts in --play."""
+    play_envs: int = 16
+    """Environments in --play; each runs one episode."""
+    viewer: bool = False
+    """In --play: open the simulator's own viewer, where it has one."""
+    terminations: bool = True
+    """In --play: let the environment end episodes early, where it can be told not to."""
+
+
+def check_args(args: Args) -> None:
+    """Refuse what cannot work, before any time is spent on it."""
+    for name, kind in get_type_hints(Args).items():
+        if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose from {', '.join(get_args(kind))}")
+    positive = ["num_envs", "num_steps_per_env", "max_iterations", "num_learning_epochs", "num_mini_batches", "save_interval"]
+    positive += ["init_std", "learning_rate", "desired_kl", "max_grad_norm", "clip_param", "play_envs"]
+    for name in positive:
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    for name in ("gamma", "lam"):
+        if not 0.0 <= getattr(args, name) <= 1.0:
+            raise UserError(f"--{name} {getattr(args, name)}: must lie between 0 and 1")
+    for name in ("actor_hidden_dims", "critic_hidden_dims"):
+        if not getattr(args, name) or min(getattr(args, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: name at least one layer, each of 1 or more")
+    if args.num_envs * args.num_steps_per_env < 2 * args.num_mini_batches:
+        samples = f"{args.num_envs} envs x {args.num_steps_per_env} steps"
+        raise UserError(f"--num-mini-batches {args.num_mini_batches}: {samples} give each fewer than 2 samples")
+    if args.action_range[0] >= args.action_range[1]:
+        raise UserError(f"--action-range {args.action_range}: the first number must be the smaller one")
+    if args.distribution != "gaussian" and not args.learn_std:
+        raise UserError(f"--no-learn-std: only the gaussian distribution has a fixed std, not {args.distribution}")
+    if (args.play or args.export) and args.resume:
+        raise UserError("--resume: continues training; --play and --export take --load-run and --checkpoint without it")
+    if args.video_interval and not args.log_root:
+        raise UserError("--video-interval: films go to the run's folder; set --log-root")
+
+
+# ---- Networks -------------------------------------------------------------------------------------------------------
+
+
+class EmpiricalNormalization(nn.Module):
+    """Normalise by the running mean and standard deviation of everything seen so far.
+
+    Buffer names are rsl_rl's; all updates are in place and stay on the device.
+    """
+
+    def __init__(self, *shape: int, eps: float = 1e-2):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("_mean", torch.zeros(1, *shape))
+        self.register_buffer("_var", torch.ones(1, *shape))
+        self.register_buffer("_std", torch.ones(1, *shape))
+        self.register_buffer("count", torch.tensor(0, dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self._mean) / (self._std + self.eps)
+
+    def update(self, x: torch.Tensor) -> None:
+        """Merge the moments of a batch x (B, O): Chan et al. 1983, parallel variance, in rsl_rl's order."""
+        count = torch.full_like(self.count, x.shape[0])
+        var, mean = torch.var(x, dim=0, unbiased=False, keepdim=True), x.mean(dim=0, keepdim=True)  # (1, O)
+        count, local_mean, mean = count * dist.get_world_size(), mean, average(mean)  # every rank has as many samples
+        var = average(var + (local_mean - mean) ** 2)
+        self.count += count
+        rate, delta = count / self.count, mean - self._mean
+        self._mean += rate * delta
+        self._var += rate * (var - self._var + delta * (mean - self._mean))
+        self._std.copy_(self._var.sqrt())
+
+
+class Gaussian(nn.Module):
+    """Diagonal Gaussian with one standard deviation per action; params = (mean, std), (..., A) each."""
+
+    def __init__(self, num_actions: int, args: Args):
+        super().__init__()
+        self.num_outputs, self.param_shapes = num_actions, ((num_actions,), (num_actions,))
+        self.std_type = args.std_type
+        std = args.init_std * torch.ones(num_actions)
+        name, value = ("std_param", std) if args.std_type == "scalar" else ("log_std_param", std.log())
+        self.register_parameter(name, nn.Parameter(value, requires_grad=args.learn_std))
+
+    def init_head(self, head: nn.Linear) -> None:
+        """The last layer keeps torch's default initialisation."""
+
+    def split(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (..., A) and standard deviation parameter, (A,) or (..., A)."""
+        return output, self.std_param if self.std_type == "scalar" else self.log_std_param
+
+    def params(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # A std clamped at 1e-6 has zero gradient for ever (as in rsl_rl); --std-type log does not get there.
+        mean, std = self.split(output)
+        if self.std_type == "scalar":
+            std = std.clamp(1e-6, 1e6)
+        else:
+            std = std.clamp(math.log(1e-6), math.log(1e6)).exp()
+        return mean, std.expand_as(mean)
+
+    @torch.jit.export
+    def deterministic(self, output: torch.Tensor) -> torch.Tensor:
+        return output
+
+    def std(self, params):
+        return params[1]
+
+    def sample(self, params):
+        mean, std = params
+        return torch.randn_like(mean) * std + mean
+
+    def log_prob(self, params, actions):  # (..., A) -> (...)
+        # log N(a; mu, sigma) = -(a - mu)^2 / (2 sigma^2) - log sigma - log sqrt(2 pi), summed over the actions
+        mean, std = params
+        return (-((actions - mean) ** 2) / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi))).sum(-1)
+
+    def entropy(self, params):
+        # H = 1/2 + 1/2 log(2 pi) + log sigma
+        return (0.5 + 0.5 * math.log(2 * math.pi) + params[1].log()).sum(-1)
+
+    def kl(self, old, new):
+        # KL(old || new) = 1/2 (r + (mu_o - mu_n)^2 / sigma_n^2 - 1 - log r),  r = sigma_o^2 / sigma_n^2
+        ratio, shift = (old[1] / new[1]) ** 2, ((old[0] - new[0]) / new[1]) ** 2
+        return (0.5 * (ratio + shift - 1 - ratio.log())).sum(-1)
+
+
+class HeteroscedasticGaussian(Gaussian):
+    """Gaussian whose standard deviation is a network output too: the MLP gives (..., 2, A)."""
+
+    def __init__(self, num_actions: int, args: Args):
+        nn.Module.__init__(self)
+        self.num_outputs, self.param_shapes = (2, num_actions), ((num_actions,), (num_actions,))
+        self.std_type, self.init_std = args.std_type, args.init_std
+
+    def init_head(self, head: nn.Linear) -> None:
+        """The std half starts as the constant init_std."""
+        half = self.num_outputs[1]
+        bias = self.init_std if self.std_type == "scalar" else torch.log(torch.tensor(self.init_std + 1e-7)).item()
+        nn.init.zeros_(head.weight[half:])
+        nn.init.constant_(head.bias[half:], bias)
+
+    def split(self, output):
+        return output.unbind(-2)
+
+    @torch.jit.export
+    def deterministic(self, output: torch.Tensor) -> torch.Tensor:
+        return output[..., 0, :]
+
+
+class Beta(nn.Module):
+    """Beta distribution rescaled to action_range; params = (concentration,), (..., A, 2), both > 1, so it has one mode.
+
+    A Beta is the Dirichlet distribution of two components; kept as one tensor it is stacked once.
+    """
+
+    def __init__(self, num_actions: int, args: Args):
+        super().__init__()
+        self.num_outputs, self.param_shapes = (2, num_actions), ((num_actions, 2),)
+        self.low, self.scale = args.action_range[0], args.action_range[1] - args.action_range[0]
+
+    def init_head(self, head: nn.Linear) -> None:
+        """The beta half starts at zero, as in rsl_rl."""
+        half = self.num_outputs[1]
+        nn.init.zeros_(head.weight[half:])
+        nn.init.zeros_(head.bias[half:])
+
+    def params(self, output):
+        alpha, beta = output.unbind(-2)
+        return (torch.stack((nn.functional.softplus(alpha) + 1.0, nn.functional.softplus(beta) + 1.0), -1),)
+
+    @torch.jit.export
+    def deterministic(self, output: torch.Tensor) -> torch.Tensor:
+        alpha = nn.functional.softplus(output[..., 0, :]) + 1.0
+        beta = nn.functional.softplus(output[..., 1, :]) + 1.0
+        return alpha / (alpha + beta) * self.scale + self.low
+
+    def dirichlet(self, params):
+        return torch.distributions.Dirichlet(params[0], validate_args=False)
+
+    def std(self, params):
+        # Var x = alpha beta / ((alpha + beta)^2 (alpha + beta + 1))
+        (alpha, beta), total = params[0].unbind(-1), params[0].sum(-1)
+        return (alpha * beta / (total**2 * (total + 1))).sqrt() * self.scale
+
+    def sample(self, params):
+        return self.dirichlet(params).sample()[..., 0] * self.scale + self.low
+
+    def log_prob(self, params, actions):
+        # y = low + scale x, hence log p(y) = log p(x) - log scale
+        x = ((actions - self.low) / self.scale).clamp(1e-6, 1.0 - 1e-6)
+        return (self.dirichlet(params).log_prob(torch.stack((x, 1.0 - x), -1)) - math.log(self.scale)).sum(-1)
+
+    def entropy(self, params):
+        # of x, not of y: rsl_rl leaves the constant log scale out here
+        return self.dirichlet(params).entropy().sum(-1)
+
+    def kl(self, old, new):
+        beta = lambda params: torch.distributions.Beta(*params[0].unbind(-1), validate_args=False)  # noqa: E731
+        return torch.distributions.kl_divergence(beta(old), beta(new)).sum(-1)
+
+
+class Model(nn.Module):
+    """Observation groups -> concatenate -> normalise -> MLP; the actor's output parametrises its distribution.
+
+    Args:
+        shapes: shape of one sample of each observation group that this model reads, in order.
+        hidden_dims: sizes of the hidden layers.
+        args: for the activation and the normalisation.
+        distribution: the actor's action distribution; None makes a critic with one output.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], hidden_dims, args: Args, distribution: nn.Module | None = None):
+        super().__init__()
+        self.shapes = shapes
+        size = sum(shape[0] for shape in shapes.values())  # O
+        self.obs_normalizer = EmpiricalNormalization(size) if args.obs_normalization else nn.Identity()
+        self.distribution = distribution
+        self.mlp = make_mlp(size, distribution.num_outputs if distribution else 1, hidden_dims, args.activation)
+        if distribution:
+            distribution.init_head(next(m for m in reversed(self.mlp) if isinstance(m, nn.Linear)))
+
+    def concatenate(self, obs: TensorDict) -> torch.Tensor:
+        return torch.cat([obs[group] for group in self.shapes], dim=-1)  # (..., O)
+
+    def preprocess(self, obs: TensorDict) -> torch.Tensor:
+        """What `forward` reads: done once per rollout row, for all epochs of the update."""
+        return self.obs_normalizer(self.concatenate(obs))  # (..., O)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x)
+
+    def update_normalization(self, obs: TensorDict) -> None:
+        """Learn the moments of a whole rollout of observations, (T, N, ...) each."""
+        if isinstance(self.obs_normalizer, EmpiricalNormalization):
+            self.obs_normalizer.update(self.concatenate(obs).flatten(0, 1))
+
+
+def make_mlp(num_inputs: int, num_outputs: int | tuple[int, ...], hidden_dims, activation: str) -> nn.Sequential:
+    """Linear layers with an activation between, in torch's default initialisation; layer names are rsl_rl's."""
+    classes = dict(elu=nn.ELU, relu=nn.ReLU, selu=nn.SELU, gelu=nn.GELU, silu=nn.SiLU, mish=nn.Mish, lrelu=nn.LeakyReLU)
+    classes |= dict(tanh=nn.Tanh, softplus=nn.Softplus, sigmoid=nn.Sigmoid)
+    sizes = [num_inputs, *hidden_dims]
+    layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), classes[activation]())]
+    if isinstance(num_outputs, tuple):
+        layers += [nn.Linear(sizes[-1], math.prod(num_outputs)), nn.Unflatten(-1, num_outputs)]
+    else:
+        layers += [nn.Linear(sizes[-1], num_outputs)]
+    return nn.Sequential(*layers)
+
+
+def make_actor(shapes: dict[str, tuple[int, ...]], num_actions: int, args: Args) -> Model:
+    distributions = {"gaussian": Gaussian, "heteroscedastic": HeteroscedasticGaussian, "beta": Beta}
+    return Model(shapes, args.actor_hidden_dims, args, distributions[args.distribution](num_actions, args))
+
+
+def make_models(obs: TensorDict, num_actions: int, args: Args) -> tuple[Model, Model]:
+    """Actor, then critic: the order in which rsl_rl draws their initial weights."""
+    groups = resolve_groups(obs, args)
+    shapes = {name: {group: tuple(obs[group].shape[1:]) for group in groups[name]} for name in groups}
+    actor = make_actor(shapes["actor"], num_actions, args)
+    critic = Model(shapes["critic"], args.critic_hidden_dims, args)
+    return actor.to(obs.device), critic.to(obs.device)
+
+
+def resolve_groups(obs: TensorDict, args: Args) -> dict[str, tuple[str, ...]]:
+    """Observation groups of each network: as asked for, or by convention; printed either way."""
+    actor = args.actor_obs or first_group(obs, "actor", "policy", "state")
+    critic = args.critic_obs or first_group(obs, "critic") or actor + first_group(obs, "privileged", "privileged_state")
+    available = ", ".join(f"{group} {tuple(x.shape[1:])}" for group, x in obs.items())
+    for flag, groups in {"--actor-obs": actor, "--critic-obs": critic}.items():
+        missing = [group for group in groups if group not in obs.keys()]
+        if missing or not groups:
+            raise UserError(f"{' '.join([flag, *missing])}: the environment has no such group; it has {available}")
+        for group in groups:
+            if obs[group].dim() != 2:
+                raise UserError(f"{flag} {group}: an MLP reads vectors (ppo_cnn.py reads images); the groups are {available}")
+        print(f"{flag[2:-4]} observes {' + '.join(f'{group} {tuple(obs[group].shape[1:])}' for group in groups)}")
+    return {"actor": actor, "critic": critic}
+
+
+def first_group(obs: TensorDict, *names: str) -> tuple[str, ...]:
+    return tuple(name for name in names if name in obs.keys())[:1]
+
+
+# ---- Rollout storage ------------------------------------------------------------------------------------------------
+
+
+def make_storage(obs: TensorDict, num_actions: int, actor: Model, args: Args) -> TensorDict:
+    """Rows 0..T-1 hold a rollout, all (T + 1, N, ...); row T only the observation and the value after its last step."""
+    rows, n, device = args.num_steps_per_env + 1, args.num_envs, obs.device
+
+    def zeros(*shape, dtype=torch.get_default_dtype()):
+        return torch.zeros(rows, n, *shape, dtype=dtype, device=device)
+
+    # Vectors become the networks' dtype here, whatever the environment returns; images are stored as they come.
+    groups = {g: zeros(*x.shape[1:], dtype=torch.get_default_dtype() if x.dim() == 2 else x.dtype) for g, x in obs.items()}
+    params = {str(index): zeros(*shape) for index, shape in enumerate(actor.distribution.param_shapes)}
+    storage = TensorDict(
+        obs=TensorDict(groups, batch_size=[rows, n]),
+        actions=zeros(num_actions),
+        log_prob=zeros(),
+        params=TensorDict(params, batch_size=[rows, n]),  # of the distribution that acted
+        values=zeros(),
+        rewards=zeros(),
+        bootstrap=zeros(),  # value of what follows a time-out
+        dones=zeros(dtype=torch.bool),  # dones[t] follows actions[t]
+        batch_size=[rows, n],
+        device=device,
+    )
+    storage["obs"][-1].update_(obs)
+    return storage
+
+
+@torch.no_grad()
+def act(actor: Model, critic: Model, row: TensorDict) -> None:
+    """Sample an action for the observation in this row (N, ...) of the storage, and write down all that PPO needs."""
+    params = actor.distribution.params(actor(actor.preprocess(row["obs"])))
+    actions = actor.distribution.sample(params)
+    row["actions"].copy_(actions)
+    row["log_prob"].copy_(actor.distribution.log_prob(params, actions))
+    for stored, param in zip(row["params"].values(), params):
+        stored.copy_(param)
+    row["values"].copy_(evaluate(critic, row["obs"]))
+
+
+def evaluate(critic: Model, obs: TensorDict) -> torch.Tensor:
+    return critic(critic.preprocess(obs)).squeeze(-1)  # (N,)
+
+
+@torch.no_grad()
+def collect(env: VecEnv, critic: Model, storage: TensorDict, episodes: TensorDict, act_rows, args: Args) -> dict:
+    """Fill the storage with T steps; return the finished episodes' totals and the means of the environment's log."""
+    rows, logs = storage.unbind(0), {}
+    rows[0]["obs"].update_(rows[-1]["obs"])
+    for row, next_row, act_row in zip(rows, rows[1:], act_rows):
+        act_row()
+        actions = row["actions"] if args.clip_actions is None else row["actions"].clamp(-args.clip_actions, args.clip_actions)
+        obs, rewards, dones, extras = env.step(actions.to(env.device))
+        # Copied, never referenced: simulators reuse these buffers in place.
+        next_row["obs"].update_(obs.select(*next_row["obs"].keys()))
+        row["rewards"].copy_(rewards)
+        row["dones"].copy_(dones)
+        row["bootstrap"].copy_(bootstrap_value(critic, row, extras, args))
+        for key, value in (extras.get("episode") or extras.get("log") or {}).items():
+            value = value.to(row.device, torch.get_default_dtype()).mean() if torch.is_tensor(value) else float(value)
+            logs.setdefault(key if "/" in key else f"Episode/{key}", []).append(value)
+    rows[-1]["values"].copy_(evaluate(critic, rows[-1]["obs"]))
+    logs = {key: torch.stack(v).mean() if torch.is_tensor(v[0]) else sum(v) / len(v) for key, v in logs.items()}
+    return finish_episodes(episodes, {"reward": storage["rewards"][:-1]}, storage["dones"][:-1]) | logs
+
+
+def bootstrap_value(critic: Model, row: TensorDict, extras: dict, args: Args) -> torch.Tensor:
+    """Value of the state in which a time limit cut the episode; zero elsewhere, (N,).
+
+    The returned observation is already the next episode's. rsl_rl takes V(s_t) instead; V(final_obs) is the true value.
+    """
+    if "time_outs" not in extras:
+        return torch.zeros_like(row["values"])
+    time_outs = extras["time_outs"].to(row.device)
+    if args.timeout_bootstrap == "reference" or extras.get("final_obs") is None:
+        return row["values"] * time_outs
+    values = evaluate(critic, row["obs"].clone().update_(extras["final_obs"].select(*row["obs"].keys())))
+    return torch.where(time_outs.bool(), values, 0.0)  # not a product: rows without a time-out may hold anything
+
+
+def make_episodes(args: Args, device: torch.device) -> TensorDict:
+    """Return and length so far of every environment's running episode, (N,) each."""
+    totals = {name: torch.zeros(args.num_envs, device=device) for name in ("reward", "episode_length")}
+    return TensorDict(totals, batch_size=[args.num_envs])
+
+
+def finish_episodes(episodes: TensorDict, series: dict[str, torch.Tensor], dones: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Add a rollout's series, (T, N) each, to the running totals; return those of ALL episodes that ended in it, summed."""
+    series = series | {"episode_length": torch.ones_like(series["reward"])}
+    still_running = dones.flip(0).cumsum(0).flip(0) == 0  # (T, N): no done from here to the end of the rollout
+    finished = {"num_episodes": dones.sum()}
+    for name, total in episodes.items():
+        everything = total + series[name].sum(0)
+        total.copy_(torch.where(still_running[0], total, 0.0) + torch.where(still_running, series[name], 0.0).sum(0))
+        finished[name] = (everything - total).sum()
+    return finished
+
+
+# ---- Advantages -----------------------------------------------------------------------------------------------------
+
+
+def compute_gae(storage: TensorDict, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimate: advantages and returns, (T, N) each."""
+    values, rewards, bootstrap = storage["values"], storage["rewards"][:-1], storage["bootstrap"][:-1]
+    # A time-out is no end of the task: r_t + gamma V(s'_t) goes on where the episode was cut.
+    rewards = rewards + args.gamma * bootstrap
+    not_done = 1.0 - storage["dones"][:-1].to(values.dtype)
+    discount = not_done * args.gamma
+    # delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                 arXiv:1506.02438 eq. 10
+    delta = rewards + discount * values[1:] - values[:-1]
+    # A_t = delta_t + gamma lambda A_{t+1}                                       arXiv:1506.02438 eq. 16
+    decay = discount * args.lam
+    advantages = delta.clone()
+    for t in reversed(range(args.num_steps_per_env - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]
+    returns = advantages + values[:-1]
+    advantages = returns - values[:-1]  # rounds as rsl_rl does
+    if args.normalize_advantage_over_ranks:
+        advantages = advantages - average(advantages.mean())
+        return advantages / (average((advantages**2).mean()).sqrt() + 1e-8), returns
+    if not args.normalize_advantage_per_mini_batch:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    return advantages, returns
+
+
+# ---- Loss -----------------------------------------------------------------------------------------------------------
+
+
+def ppo_loss(actor: Model, critic: Model, batch: TensorDict, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The PPO loss of one mini-batch (B, ...), and what to log of it."""
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.mixed_precision):
+        output, values = actor(batch["actor_input"]), critic(batch["critic_input"]).squeeze(-1)
+    params = actor.distribution.params(output.to(batch["returns"].dtype))
+    values = values.to(batch["returns"].dtype)
+    log_prob = actor.distribution.log_prob(params, batch["actions"])  # (B,)
+    entropy = actor.distribution.entropy(params).mean()
+    with torch.no_grad():
+        kl = actor.distribution.kl(tuple(batch["params"].values()), params).mean()  # KL(old || new), exact
+
+    advantages = batch["advantages"]
+    if args.normalize_advantage_per_mini_batch:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    # L^CLIP = E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)]                  arXiv:1707.06347 eq. 7
+    ratio = torch.exp(log_prob - batch["log_prob"])
+    clipped = ratio.detach().clamp(1.0 - args.clip_param, 1.0 + args.clip_param)
+    surrogate_loss = larger(-advantages * ratio, -advantages * clipped).mean()
+    # Value loss: the larger of the plain error and that of a prediction at most eps from the old one.
+    value_error = (values - batch["returns"]) ** 2
+    if args.use_clipped_value_loss:
+        step = (values - batch["values"]).clamp(-args.clip_param, args.clip_param)
+        value_error = larger(value_error, (batch["values"] + step - batch["returns"]) ** 2)
+    value_loss = value_error.mean()
+
+    loss = surrogate_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
+    with torch.no_grad():
+        clip_fraction = (ratio != clipped).to(loss.dtype).mean()
+        mean_std = actor.distribution.std(params).mean()
+    metrics = {"surrogate": surrogate_loss, "value": value_loss, "entropy": entropy, "kl": kl}
+    return loss, metrics | {"clip_fraction": clip_fraction, "mean_std": mean_std}
+
+
+def larger(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """torch.max(x, y) for half its kernels: at a tie the gradient goes to x alone, where torch.max gives half to each."""
+    return torch.where(x >= y, x, y)
+
+
+# ---- Update ---------------------------------------------------------------------------------------------------------
+
+
+class Adam(torch.optim.Adam):
+    """torch.optim.Adam that keeps the learning rate and the step count on the device, so that nothing ever waits.
+
+    On CUDA it is torch's own fused kernel. Elsewhere it takes the same steps as torch's loop over the parameters, to the
+    bit, in ten calls for all parameters together.
+    """
+
+    def __init__(self, params, lr: float, decoupled_weight_decay: bool = False):
+        params = list(params)
+        fused = params[0].is_cuda
+        # torch's fused kernel reads a float32 learning rate; in float64 the CPU's rounds as rsl_rl's Python float does.
+        lr = torch.tensor(lr, dtype=torch.float32 if fused else torch.float64, device=params[0].device)
+        weight_decay = 1e-2 if decoupled_weight_decay else 0.0
+        flags = dict(fused=True, capturable=True) if fused else {}
+        super().__init__(params, lr=lr, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay, **flags)
+        for p in params:
+            step_dtype = torch.float32 if fused else torch.get_default_dtype()
+            step = torch.zeros((), dtype=step_dtype, device=p.device)
+            self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        if group["fused"]:
+            return super().step()
+        params = [p for p in group["params"] if p.grad is not None]
+        grads, states = [p.grad for p in params], [self.state[p] for p in params]
+        means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        torch._foreach_add_([s["step"] for s in states], 1.0)
+        step = states[0]["step"].double()
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        # theta -= lr m_hat / (sqrt(v_hat) + eps)                                 arXiv:1412.6980 algorithm 1
+        denominator = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominator, (1 - beta2**step).sqrt())
+        torch._foreach_add_(denominator, group["eps"])
+        update = torch._foreach_mul(means, -lr / (1 - beta1**step))
+        torch._foreach_div_(update, denominator)
+        torch._foreach_add_(params, update)
+
+
+def make_optimizer(params, args: Args) -> torch.optim.Optimizer:
+    params = list(params)
+    if args.optimizer == "sgd":
+        dtype = torch.float32 if params[0].is_cuda else torch.float64
+        return torch.optim.SGD(params, lr=torch.tensor(args.learning_rate, dtype=dtype, device=params[0].device))
+    return Adam(params, args.learning_rate, decoupled_weight_decay=args.optimizer == "adamw")
+
+
+def make_batches(actor: Model, critic: Model, storage: TensorDict, permutation: torch.Tensor, args: Args) -> list[TensorDict]:
+    """GAE, then the rollout flattened, shuffled and normalised once: every epoch reads the same mini-batches (B, ...)."""
+    advantages, returns = compute_gae(storage, args)
+    rollout = storage.select("obs", "actions", "log_prob", "params", "values")[:-1]
+    rollout["advantages"], rollout["returns"] = advantages, returns
+    batch = rollout.flatten(0, 1)[permutation]
+    batch["actor_input"], batch["critic_input"] = actor.preprocess(batch["obs"]), critic.preprocess(batch["obs"])
+    return list(batch.exclude("obs").split(len(permutation) // args.num_mini_batches))
+
+
+def average(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean over the ranks: one collective, on the device."""
+    share = tensor / dist.get_world_size()
+    dist.all_reduce(share)
+    return share
+
+
+def mini_batch_step(actor: Model, critic: Model, optimizer, batch: TensorDict, loss_fn, args: Args) -> dict[str, torch.Tensor]:
+    """One gradient step of actor and critic together."""
+    loss, metrics = loss_fn(actor, critic, batch, args)
+    backward(loss, optimizer, metrics)
+    if args.schedule == "adaptive":
+        adapt_learning_rate(optimizer, metrics["kl"], args)
+    metrics["actor_grad_norm"] = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
+    metrics["critic_grad_norm"] = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+    optimizer.step()
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+def backward(loss: torch.Tensor, optimizer, metrics: dict[str, torch.Tensor]) -> None:
+    """Gradients of the loss (on several ranks: their average, and the average of the KL in `metrics`)."""
+    optimizer.zero_grad()
+    loss.backward()
+    parts = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parts += [metrics["kl"]] if "kl" in metrics else []
+    means = average(torch.cat([x.flatten() for x in parts])).split([x.numel() for x in parts])  # one collective
+    torch._foreach_copy_(parts, [mean.view_as(x) for mean, x in zip(means, parts)])
+
+
+def adapt_learning_rate(optimizer, kl: torch.Tensor, args: Args) -> None:
+    """Learning rate / 1.5 where the policy moved too far, x 1.5 where it hardly moved; on the device, in place."""
+    lr = optimizer.param_groups[0]["lr"]
+    slower, faster = (lr / 1.5).clamp(min=1e-5), (lr * 1.5).clamp(max=1e-2)
+    faster = torch.where((kl < args.desired_kl / 2.0) & (kl > 0.0), faster, lr)
+    lr.copy_(torch.where(kl > args.desired_kl * 2.0, slower, faster))
+
+
+def update(actor: Model, critic: Model, optimizer, storage: TensorDict, permutation: torch.Tensor, loss_fn, args: Args) -> dict:
+    """All epochs over one rollout; returns what to log, on the device: (E * M,) for each mini-batch, or one number."""
+    batches = make_batches(actor, critic, storage, permutation, args)
+    steps = []
+    for _ in range(args.num_learning_epochs):
+        for batch in batches:
+            steps.append(mini_batch_step(actor, critic, optimizer, batch, loss_fn, args))
+    metrics = {f"Loss/{name}": torch.stack([step[name] for step in steps]) for name in steps[0]}
+    metrics["Policy/mean_std"] = metrics.pop("Loss/mean_std")[-1]
+    metrics["Loss/learning_rate"] = optimizer.param_groups[0]["lr"].clone()
+    with torch.no_grad():
+        # The moments are learned here, after the epochs, so that the update normalises as the rollout did.
+        actor.update_normalization(storage["obs"][:-1])
+        critic.update_normalization(storage["obs"][:-1])
+        returns, values = (torch.cat([batch[name] for batch in batches]) for name in ("returns", "values"))
+        metrics["Loss/explained_variance"] = 1.0 - (returns - values).var() / returns.var()
+    return metrics | finite_flags(storage, metrics)
+
+
+class CudaGraph:
+    """`fn(*args)` as one CUDA graph launch; where not `enabled`, just the call.
+
+    Two ordinary calls warm up (they are real iterations), the third is recorded, and from then on every call replays the
+    same kernels on the same memory. So `fn` may only touch tensors that stay where they are and are changed in place, and
+    must not read one on the host. What it returns is overwritten by the next call.
+    """
+
+    def __init__(self, fn, *args, enabled: bool, generators=()):
+        self.fn, self.args, self.enabled, self.generators = fn, args, enabled, generators
+        self.calls, self.graph, self.result = 0, None, None
+
+    def __call__(self):
+        self.calls += 1
+        if self.enabled and self.calls > 2 and self.graph is None:
+            self.record()
+        if self.graph is None:
+            return self.fn(*self.args)
+        self.graph.replay()
+        return self.result
+
+    def record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        try:
+            with torch.cuda.graph(graph):
+                self.result = self.fn(*self.args)
+            self.graph = graph
+        except RuntimeError as error:
+            self.enabled = False
+            print(f"{self.fn.__name__} cannot be captured as a CUDA graph, so it runs eagerly: {str(error).splitlines()[0]}")
+
+
+# ---- NaN guard ------------------------------------------------------------------------------------------------------
+
+
+def watched(storage: TensorDict) -> dict[str, torch.Tensor]:
+    """What must be finite in a rollout, (T, N, ...) each."""
+    groups = {f"observation group '{name}'": x for name, x in storage["obs"].items() if x.is_floating_point()}
+    return groups | {"reward": storage["rewards"], "value of final_obs": storage["bootstrap"]}
+
+
+def finite_flags(storage: TensorDict, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One device flag for each thing that must be finite; the host reads them once per iteration, with the metrics."""
+    losses = torch.stack([metrics["Loss/surrogate"], metrics["Loss/value"]])
+    return {f"finite/{name}": x.isfinite().all() for name, x in (watched(storage) | {"loss": losses}).items()}
+
+
+def describe_nan(metrics: dict[str, float], iteration: int, storage: TensorDict, run_dir: pathlib.Path | None) -> str:
+    """Dump the rollout and say what was not finite first, where and when."""
+    message = "loss is not finite"
+    for name, x in watched(storage).items():
+        if not x.isfinite().all():
+            bad = ~x.isfinite().flatten(2).all(-1) if x.dim() > 2 else ~x.isfinite()  # (T + 1, N)
+            step = int(bad.any(1).nonzero()[0])
+            message = f"{name} is not finite from step {step} on, in environments {bad[step].nonzero().flatten()[:8].tolist()}"
+            break
+    ranks = gather(message)
+    rank = min(range(len(ranks)), key=lambda r: (ranks[r] == "loss is not finite", metrics[f"finite/losses of rank {r}"]))
+    message = f"rank {rank}: {ranks[rank]}"
+    message = f"iteration {iteration}: {message}; weights, optimizer and normalisers are as iteration {iteration - 1} left them"
+    if run_dir and rank == dist.get_rank():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        torch.save(storage.to_dict(), run_dir / f"nan_{iteration}.pt")
+        message += f"; the rollout is in {run_dir / f'nan_{iteration}.pt'}"
+    return message
+
+
+# ---- Logging, checkpoints, export -----------------------------------------------------------------------------------
+
+
+def fetch(metrics: dict) -> dict[str, float]:
+    """Bring an iteration's metrics to the host: its one device synchronisation. Values per mini-batch are averaged."""
+    metrics[f"finite/losses of rank {dist.get_rank()}"] = metrics["Loss/value"].isfinite().sum()  # NaN spreads to all ranks
+    tensors = {name: value.reshape(-1) for name, value in metrics.items() if torch.is_tensor(value)}
+    numbers = iter(torch.cat([value.double() for value in tensors.values()]).tolist())
+    means = {name: sum(next(numbers) for _ in value) / len(value) for name, value in tensors.items()}
+    ranks, metrics = gather(metrics | means), {}
+    for name in dict.fromkeys(name for rank in ranks for name in rank):
+        values = [rank[name] for rank in ranks if name in rank]
+        metrics[name] = min(values) if name.startswith("finite/") else sum(values) / (len(values) if "/" in name else 1)
+    return metrics
+
+
+def timestamp(device: torch.device):
+    """A point in time: on CUDA one between two kernels, since the host runs ahead of them."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start, end) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+
+
+def summarize(metrics: dict[str, float], times: list, args: Args) -> dict[str, float]:
+    """What is logged: episode totals become means (NaN where no episode ended), times become throughput."""
+    metrics = {name: value for name, value in metrics.items() if not name.startswith("finite/")}
+    episodes = metrics.pop("num_episodes")
+    for name in ("reward", "episode_length"):
+        total = metrics.pop(name)
+        metrics[f"Train/mean_{name}"] = total / episodes if episodes else math.nan
+    metrics["Train/num_episodes"] = episodes
+    metrics["Perf/collection_time"] = seconds_between(times[0], times[1])  # s
+    metrics["Perf/learning_time"] = seconds_between(times[1], times[2])  # s
+    metrics["Perf/total_fps"] = args.num_envs * args.num_steps_per_env / seconds_between(times[0], times[2])  # env steps / s
+    metrics["Perf/total_fps"] *= dist.get_world_size()
+    if torch.cuda.is_available():
+        metrics["Perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return metrics
+
+
+def log_iteration(metrics: dict[str, float], iteration: int, args: Args, writer=None) -> None:
+    """Everything to the writer, the essential in three lines to the console."""
+    for tag, value in metrics.items() if writer else ():
+        if not math.isnan(value):
+            writer.add_scalar(tag, value, iteration)
+    collection, learning, speed = (metrics[f"Perf/{name}"] for name in ("collection_time", "learning_time", "total_fps"))
+    steps = (iteration + 1) * args.num_envs * args.num_steps_per_env
+    steps *= dist.get_world_size()
+    eta = datetime.timedelta(seconds=round((args.max_iterations - iteration - 1) * (collection + learning)))
+    print(f"\niteration {iteration + 1}/{args.max_iterations}  {steps:,} steps  {speed:,.0f} steps/s", end="  ")
+    print(f"collect {collection:.3f} s  learn {learning:.3f} s  ETA {eta}")
+    for line in (("Train/", "Episode/", "Metrics/", "Curriculum/"), ("Loss/", "Policy/")):
+        tags = [tag for prefix in line for tag in metrics if tag.startswith(prefix)]
+        print("  " + "  ".join(f"{tag.split('/', 1)[1].removeprefix('mean_')} {metrics[tag]:.4g}" for tag in tags), flush=True)
+
+
+def experiment_dir(args: Args) -> pathlib.Path:
+    name = args.experiment_name or f"{pathlib.Path(__file__).stem}_{re.sub(r'[^A-Za-z0-9-]+', '_', args.env)}"
+    return pathlib.Path(args.log_root or "logs") / name
+
+
+def make_run_dir(args: Args, env: VecEnv) -> pathlib.Path | None:
+    """Create the run's folder with all that repeating it takes: arguments, environment, this script, the state of git."""
+    if not args.log_root:
+        return None
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
+    run_dir = experiment_dir(args) / (f"{stamp}_{args.run_name}" if args.run_name else stamp)
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.yaml").write_text(to_yaml(args))
+    (run_dir / "env.yaml").write_text(to_yaml(getattr(env, "cfg", None)))
+    shutil.copy(__file__, run_dir)
+    git = subprocess.run("git rev-parse HEAD && git diff HEAD", shell=True, cwd=pathlib.Path(__file__).resolve().parent,
+                         capture_output=True, text=True)  # fmt: skip
+    (run_dir / "git.diff").write_text(git.stdout)
+    return run_dir
+
+
+def to_yaml(value: Any) -> str:
+    def simple(x):
+        return x.to_dict() if hasattr(x, "to_dict") else dataclasses.asdict(x) if dataclasses.is_dataclass(x) else repr(x)
+
+    return yaml.safe_dump(json.loads(json.dumps(value, default=simple, skipkeys=True)), sort_keys=False)
+
+
+def make_writer(args: Args, env: VecEnv, run_dir: pathlib.Path | None):
+    """The logger's writer, or None. add_scalar is all that a writer of your own needs; it may have rsl_rl's other methods."""
+    if run_dir is None or args.logger == "none":
+        return None
+    if args.logger in ("tensorboard", "wandb"):
+        from torch.utils.tensorboard import SummaryWriter
+
+        if args.logger == "wandb":
+            import wandb
+
+            config = dataclasses.asdict(args)
+            wandb.init(project=experiment_dir(args).name, name=run_dir.name, dir=run_dir, config=config, sync_tensorboard=True)
+        return SummaryWriter(log_dir=str(run_dir))
+    writer_class = resolve(args.logger, "--logger")
+    options = {"log_dir": str(run_dir), "project_name": experiment_dir(args).name}
+    writer = writer_class(**{k: v for k, v in options.items() if k in inspect.signature(writer_class).parameters})
+    if hasattr(writer, "store_config"):
+        writer.store_config(getattr(env, "cfg", {}), dataclasses.asdict(args))
+    return writer
+
+
+def upload(path: pathlib.Path, iteration: int, args: Args, writer) -> None:
+    """Hand a checkpoint or a film to the logger, where it has a place for it."""
+    kind = "model" if path.suffix == ".pt" else "video"
+    if hasattr(writer, f"save_{kind}"):  # rsl_rl's writers
+        getattr(writer, f"save_{kind}")(path, iteration)
+    elif args.logger == "wandb" and writer:
+        import wandb
+
+        if kind == "video":
+            wandb.log({"video": wandb.Video(str(path), format="gif")})
+        elif args.upload_model:
+            wandb.log_artifact(str(path), name=f"model-{wandb.run.id}", type="model")
+    elif args.logger == "tensorboard" and writer and kind == "video":
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        image = Summary.Image(encoded_image_string=path.read_bytes())  # it plays a GIF
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="video", image=image)]), iteration)
+
+
+def resolve(spec: str, flag: str):
+    """The object that `package.module:name` names, looked for from the working directory too."""
+    module, _, name = spec.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{flag} {spec}: cannot be imported as package.module:name ({error})") from error
+    finally:
+        sys.path.pop(0)
+
+
+def save_checkpoint(path: pathlib.Path, agent: dict, iteration: int, resume: dict) -> None:
+    """Write rsl_rl's format, atomically: a kill at any instant leaves the previous file whole.
+
+    Args:
+        path: `model_<iteration>.pt`.
+        agent: modules and optimizers by name; each is saved as `<name>_state_dict`.
+        iteration: the iteration that has just been finished.
+        resume: all else that continuing takes, under one key of its own, which rsl_rl ignores.
+    """
+    buffer = io.BytesIO()
+    torch.save(resume, buffer)
+    ranks = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(buffer.getvalue(), ranks)
+    if dist.get_rank() != 0:
+        return
+    resume = resume | {"ranks": ranks}
+    state = {f"{name}_state_dict": part.state_dict() for name, part in agent.items()}
+    for optimizer in (value for value in state.values() if "param_groups" in value):
+        # A float and default flags: what rsl_rl, and any other device, can load.
+        portable = {"fused": None, "foreach": None, "capturable": False}
+        optimizer["param_groups"] = [group | portable | {"lr": float(group["lr"])} for group in optimizer["param_groups"]]
+    with open(path.with_suffix(".partial"), "wb") as file:
+        torch.save(state | {"iter": iteration, "infos": None, "resume": resume}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's store outlives the ranks: restarted ones look there for the run
+        dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])).set("run", path.parent.name)
+
+
+def load_checkpoint(path: pathlib.Path, device: torch.device) -> dict:
+    """Read a checkpoint, ours or rsl_rl's, without running code from it."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise UserError(f"--checkpoint {path}: is no whole checkpoint ({' '.join(str(error).split())[:150]})") from error
+
+
+def restore(agent: dict, checkpoint: dict, path: pathlib.Path) -> None:
+    """Copy a checkpoint into modules and optimizers, in place, so that a captured graph stays valid."""
+    for name, part in agent.items():
+        if f"{name}_state_dict" not in checkpoint:
+            raise UserError(f"--checkpoint {path}: has no {name}_state_dict; it holds {', '.join(map(str, checkpoint))}")
+        state = checkpoint[f"{name}_state_dict"]
+        if isinstance(part, nn.Module):
+            try:
+                part.load_state_dict(state)
+            except RuntimeError as error:
+                raise UserError(f"--checkpoint {path}: {name} differs: {' '.join(str(error).split())}") from error
+            continue
+        for group, saved in zip(part.param_groups, state["param_groups"]):
+            group["lr"].fill_(float(saved["lr"]))
+            for parameter, index in zip(group["params"], saved["params"]):
+                for key, value in state["state"].get(index, {}).items():
+                    part.state[parameter][key].copy_(value)
+
+
+def find_checkpoint(args: Args) -> pathlib.Path:
+    """The checkpoint that --checkpoint, --load-run and --wandb-run-path name; left out: the newest of the experiment."""
+    if args.wandb_run_path:
+        return download_checkpoint(args)
+    if args.checkpoint and ("/" in args.checkpoint or pathlib.Path(args.checkpoint).exists()):
+        if not pathlib.Path(args.checkpoint).is_file():
+            raise UserError(f"--checkpoint {args.checkpoint}: there is no such file")
+        return pathlib.Path(args.checkpoint)
+    wanted = args.checkpoint or r"model_\d+\.pt"
+    runs = [run for run in sorted(experiment_dir(args).glob("*")) if re.fullmatch(args.load_run, run.name)]
+    files = [[file for file in run.glob("model_*.pt") if re.fullmatch(wanted, file.name)] for run in runs]
+    if not any(files):
+        searched = f"--load-run {args.load_run} --checkpoint {wanted}"
+        raise UserError(f"{searched}: nothing in {experiment_dir(args)} matches; --checkpoint also takes a path")
+    return max([found for found in files if found][-1], key=iteration_of)
+
+
+def iteration_of(file) -> int:
+    return int(re.findall(r"\d+", file.name)[-1])
+
+
+def download_checkpoint(args: Args) -> pathlib.Path:
+    """The newest checkpoint of a W&B run: an artifact of ours, or a file that rsl_rl uploaded."""
+    import wandb
+
+    try:
+        run = wandb.Api().run(args.wandb_run_path)
+    except Exception as error:
+        raise UserError(f"--wandb-run-path {args.wandb_run_path}: cannot be opened as entity/project/run ({error})") from error
+    folder = experiment_dir(args) / f"wandb_{run.id}"
+    for artifact in reversed([a for a in run.logged_artifacts() if a.type == "model"]):
+        return max(pathlib.Path(artifact.download(root=str(folder))).glob("model_*.pt"), key=iteration_of)
+    files = [file for file in run.files() if re.fullmatch(r"model_\d+\.pt", file.name)]
+    if not files:
+        raise UserError(f"--wandb-run-path {args.wandb_run_path}: this run has no checkpoint")
+    return pathlib.Path(max(files, key=iteration_of).download(root=str(folder), replace=True).name)
+
+
+class Policy(nn.Module):
+    """The deterministic policy, observations (B, O) -> actions (B, A): what is played, exported and deployed."""
+
+    def __init__(self, actor: Model):
+        super().__init__()
+        self.obs_normalizer, self.mlp, self.distribution = actor.obs_normalizer, actor.mlp, actor.distribution
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.distribution.deterministic(self.mlp(self.obs_normalizer(obs)))
+
+    @torch.jit.export
+    def reset(self, dones: torch.Tensor | None = None) -> None:
+        """Nothing to do without memory; there for a uniform interface."""
+
+
+class LoadedPolicy:
+    """A policy for use in any program: from observations to actions (B, A), without gradients."""
+
+    def __init__(self, actor: Model, groups: tuple[str, ...]):
+        self.module, self.groups = Policy(actor), groups
+
+    @torch.no_grad()
+    def __call__(self, obs: TensorDict | torch.Tensor) -> torch.Tensor:
+        """obs: a TensorDict (or dict) of groups, (B, ...) each, or the actor's groups concatenated, (B, O)."""
+        if not torch.is_tensor(obs):
+            groups = self.groups or first_group(obs, "actor", "policy", "state")
+            obs = torch.cat([obs[group] for group in groups], dim=-1)
+        return self.module(obs)
+
+    def reset(self, dones: torch.Tensor | None = None) -> None:
+        """Tell the policy which environments (B,) start a new episode; None: all."""
+        self.module.reset(dones)
+
+
+def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", args: Args | None = None) -> LoadedPolicy:
+    """Load a checkpoint's policy, of this script or of rsl_rl, with the layer sizes that its tensors have.
+
+    Args:
+        path: the checkpoint.
+        device: where to run it.
+        args: the settings it was trained with. A checkpoint of ours brings them along; a foreign one needs them where
+            activation, distribution or observation groups are not the defaults.
+    """
+    checkpoint = load_checkpoint(pathlib.Path(path), torch.device(device))
+    if "actor_state_dict" not in checkpoint:
+        raise UserError(f"--checkpoint {path}: has no actor_state_dict; it holds {', '.join(map(str, checkpoint))}")
+    state, resume = checkpoint["actor_state_dict"], checkpoint.get("resume", {})
+    layers = [value for key, value in state.items() if re.fullmatch(r"mlp\.\d+\.weight", key)]
+    saved = {
+        field.name: resume["args"][field.name] for field in dataclasses.fields(Args) if field.name in resume.get("args", {})
+    }
+    args = dataclasses.replace(
+        Args(**saved) if resume else args or Args(),
+        actor_hidden_dims=tuple(layer.shape[0] for layer in layers[:-1]),
+        obs_normalization="obs_normalizer._mean" in state,
+    )
+    if "distribution.log_std_param" in state:
+        args.std_type = "log"
+    shapes = resume.get("actor_shapes", {"obs": (layers[0].shape[1],)})
+    actor = make_actor(shapes, layers[-1].shape[0] // (1 if args.distribution == "gaussian" else 2), args)
+    restore({"actor": actor.to(device)}, checkpoint, pathlib.Path(path))
+    return LoadedPolicy(actor.eval(), tuple(shapes) if resume else args.actor_obs)
+
+
+def export_policy(policy: Policy, folder: pathlib.Path) -> None:
+    """Write policy.onnx (opset 18, normaliser inside, `obs` -> `actions`) and policy.pt (TorchScript); check both."""
+    import onnxruntime
+
+    folder.mkdir(parents=True, exist_ok=True)
+    policy = copy.deepcopy(policy).to("cpu", torch.float32).eval()
+    obs = torch.randn(16, policy.mlp[0].in_features)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+        warnings.simplefilter("ignore")
+        names = dict(input_names=["obs"], output_names=["actions"], dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.onnx.export(policy, (obs,), folder / "policy.onnx", opset_version=18, dynamo=True, external_data=False, **names)
+        torch.jit.script(policy).save(str(folder / "policy.pt"))
+    session = onnxruntime.InferenceSession(folder / "policy.onnx", providers=["CPUExecutionProvider"])
+    outputs = {"policy.onnx": torch.as_tensor(session.run(["actions"], {"obs": obs.numpy()})[0])}
+    outputs["policy.pt"] = torch.jit.load(folder / "policy.pt")(obs)
+    for name, actions in outputs.items():
+        difference = (actions - policy(obs)).abs().max().item()
+        print(f"exported {folder / name}, which differs from the model by at most {difference:.1e}")
+        if difference > 1e-4:
+            raise RuntimeError(f"{folder / name} differs from the model by {difference:.1e}")
+
+
+# ---- Play -----------------------------------------------------------------------------------------------------------
+
+
+def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
+    """Run a policy for one episode per environment; print its returns and errors, write a film and a tracking plot.
+
+    Returns:
+        Means over the episodes: `return`, `episode_length` [env steps], what the environment logs for each of its copies as
+        `Metrics/...` (over the episode) and as `Episode/...` (at its end).
+    """
+    check_args(args)
+    device = resolve_device(args)
+    set_up_torch(args, device)
+    path = find_checkpoint(args) if args.agent == "policy" else experiment_dir(args) / f"{args.agent}.pt"
+    options = {"play": True} if args.terminations else {"play": True, "terminations": False}
+    env = env or make_env(dataclasses.replace(args, num_envs=args.play_envs), device, **options)
+    if args.agent == "policy":
+        policy = load_policy(path, device, args)
+    else:
+        size, scale = (env.num_envs, env.num_actions), float(args.agent == "random")
+        policy = lambda obs: scale * (2.0 * torch.rand(size, device=device) - 1.0)  # noqa: E731
+    if args.viewer:
+        if not hasattr(env, "view"):
+            raise UserError(f"--viewer: {args.env} has no viewer of its own; without the flag a film is written")
+        return env.view(policy)
+    print(f"playing {path.stem} on {args.env}")
+    results = roll_out(env, policy, device, args, film=path.parent / f"play_{path.stem}")
+    for index in range(env.num_envs):
+        print(f"episode {index + 1:2d}" + "".join(f"  {name.split('/')[-1]} {x[index]:.3f}" for name, x in results.items()))
+    means = {name: sum(x) / len(x) for name, x in results.items()}
+    print("mean      " + "".join(f"  {name.split('/')[-1]} {x:.3f}" for name, x in means.items()))
+    return means
+
+
+@torch.no_grad()
+def roll_out(env: VecEnv, policy, device: torch.device, args: Args, film: pathlib.Path) -> dict[str, list[float]]:
+    """One episode in every environment: return, length, mean `Metrics/...`, last `Episode/...`; writes `<film>.gif`, `.png`."""
+    obs, frames, tracked, totals = env.get_observations().to(device), [], [], {}
+    running = torch.ones(env.num_envs, dtype=torch.bool, device=device)
+    frame_interval = max(1, round(0.06 / getattr(env, "step_dt", 0.06)))  # about 16 pictures per second
+    for step in range(int(torch.as_tensor(env.max_episode_length).max())):
+        if hasattr(env, "render") and step % frame_interval == 0 and len(frames) < 160 and running[0]:
+            frames.append(Image.fromarray(env.render()).quantize(64, method=Image.Quantize.FASTOCTREE))
+        actions = policy(obs) if args.clip_actions is None else policy(obs).clamp(-args.clip_actions, args.clip_actions)
+        obs, rewards, dones, extras = env.step(actions.to(env.device))
+        obs = obs.to(device)
+        values = {name: x for name, x in (extras.get("log") or {}).items() if getattr(x, "shape", None) == running.shape}
+        for name, value in (values | {"return": rewards, "episode_length": torch.ones_like(rewards)}).items():
+            value = value.to(device)
+            if name.startswith("Episode/"):  # what counts is how the episode ended; the rest is summed up
+                totals[name] = torch.where(running, value, totals.get(name, value))
+            elif name.startswith("Metrics/") or name in ("return", "episode_length"):
+                totals[name] = totals.get(name, 0.0) + torch.where(running, value, 0.0)
+        if hasattr(policy, "reset"):  # the zero and random agents have nothing to forget
+            policy.reset(dones.to(device))
+        running &= ~dones.to(device).bool()
+        if hasattr(env, "tracking") and running[0]:
+            tracked.append({name: pair[0].tolist() for name, pair in env.tracking().items()})
+        if not running.any():
+            break
+    film.parent.mkdir(parents=True, exist_ok=True)
+    if frames:
+        duration = round(1000 * frame_interval * getattr(env, "step_dt", 0.06))  # ms
+        frames[0].save(f"{film}.gif", save_all=True, append_images=frames[1:], duration=duration, loop=0)
+        print(f"wrote {film}.gif")
+    if tracked:
+        plot_tracking(tracked, getattr(env, "step_dt", 1.0), f"{film}.png")
+    lengths = totals["episode_length"]
+    return {name: (x / lengths if name.startswith("Metrics/") else x).tolist() for name, x in totals.items()}
+
+
+def plot_tracking(tracked: list[dict[str, list[float]]], step_dt: float, path: str) -> None:
+    """Commanded against actual value of every tracked quantity of environment 0, over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2 * len(tracked[0])), layout="tight")
+    axes = figure.subplots(len(tracked[0]), 1, sharex=True, squeeze=False)[:, 0]
+    times = [step_dt * (step + 1) for step in range(len(tracked))]
+    for axis, name in zip(axes, tracked[0]):
+        axis.plot(times, [pairs[name][1] for pairs in tracked], color="#d9480f", linewidth=1.2, label="actual")
+        axis.plot(times, [pairs[name][0] for pairs in tracked], color="#1864ab", linestyle="--", label="commanded")
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    axes[0].legend(loc="upper right", ncols=2, frameon=False)
+    axes[-1].set_xlabel("time [s]")
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def resolve_device(args: Args) -> torch.device:
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
+
+
+def set_up_torch(args: Args, device: torch.device) -> None:
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision(args.float32_matmul_precision)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and max(args.actor_hidden_dims) < 256:
+        torch.set_num_threads(1)  # threads that wait for each other after every small operation cost more than they bring
+
+
+def make_env(args: Args, device: torch.device, **options) -> VecEnv:
+    """The environment that --env names: a user's own `package.module:factory`, else one of this project's."""
+    settings = dict(num_envs=args.num_envs, device=str(device), seed=args.seed) | options
+    prefix, _, name = args.env.partition(":")
+    if name and prefix not in ("mjlab", "gym", "envpool", "playground", "genesis", "isaaclab"):
+        factory = resolve(args.env, "--env")
+        return factory(**{k: v for k, v in settings.items() if k in inspect.signature(factory).parameters})
+    try:
+        from envs import make
+
+        return make(args.env, **settings)
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collect Ctrl-C, and the SIGTERM that announces a cluster's pre-emption: training ends after the running iteration."""
+    received = []
+    try:
+        handlers = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread, so the caller handles signals
+        handlers = {}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def tensors_of(agent: dict) -> list[torch.Tensor]:
+    """Every tensor that an update changes: weights, statistics, optimizer state, learning rate."""
+    modules = [part for part in agent.values() if isinstance(part, nn.Module)]
+    tensors = [x.detach() for module in modules for x in (*module.parameters(), *module.buffers())]
+    for optimizer in (part for part in agent.values() if isinstance(part, torch.optim.Optimizer)):
+        tensors += [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+        tensors += [group["lr"] for group in optimizer.param_groups]
+    return tensors
+
+
+def resume_state(args: Args, env: VecEnv, actor: Model, storage: TensorDict, episodes: TensorDict) -> dict:
+    """What rsl_rl's format has no place for: settings, random streams, the environment and its running episodes."""
+    return {
+        "args": dataclasses.asdict(args),
+        "actor_shapes": actor.shapes,
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if storage.device.type == "cuda" else None,
+        "env": env.state_dict() if hasattr(env, "state_dict") else None,
+        "episodes": episodes.clone().to_dict(),
+    }
+
+
+def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: TensorDict) -> None:
+    if not resume:
+        return print("this checkpoint holds no random streams and no environment state (rsl_rl's do not): they start afresh")
+    ranks = resume.get("ranks", [None])
+    if len(ranks) != dist.get_world_size():
+        return print(f"this checkpoint is of {len(ranks)} ranks, not {dist.get_world_size()}: the rest starts afresh")
+    resume = torch.load(io.BytesIO(ranks[dist.get_rank()]), map_location=storage.device) if ranks[0] else resume
+    torch.set_rng_state(resume["rng"].cpu())
+    if resume["cuda_rng"] is not None and storage.device.type == "cuda":
+        torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
+    if resume["env"] is None or resume["args"]["num_envs"] != env.num_envs:
+        return print("the environment starts afresh: it cannot restore its state, or has another number of environments")
+    env.load_state_dict(resume["env"])
+    storage["obs"][-1].update_(env.get_observations().to(storage.device))
+    episodes.update_(TensorDict(resume["episodes"]))
+
+
+def distributed(train):
+    """Run `train` as one of torchrun's ranks, or as a world of one; where a rank fails, every rank stops and names it."""
+
+    @wraps(train)
+    def run(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
+        timeout, alone = datetime.timedelta(seconds=args.rank_timeout), "RANK" not in os.environ
+        store, rank, world_size = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://", timeout=timeout))
+        own = {"seed": args.seed + 10_000 * rank} | ({"logger": "none", "video_interval": 0} if rank else {})
+        if store.check(["run"]):  # torchrun has restarted us
+            own |= {"resume": True, "load_run": re.escape(store.get("run").decode()), "checkpoint": "", "wandb_run_path": ""}
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        room = dist.PrefixStore(f"attempt {store.add('attempts', 0)}", store)  # a restart has its own
+        try:  # NCCL between GPUs, gloo between CPUs
+            dist.init_process_group(timeout=timeout, store=room, rank=rank, world_size=world_size)
+            store.add("attempts", rank == 0)
+            try:
+                return train(dataclasses.replace(args, **own), env)
+            finally:
+                dist.destroy_process_group()  # closes the connections, so that no other rank waits for this one
+        except Exception as error:
+            fault = "rank 0 does not answer, whose host keeps the store"
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # through another rank's fault
+            with contextlib.suppress(dist.DistError):
+                if rank:  # a new connection: where the link is cut the old one waits for ever
+                    next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=5)))
+                room.set(f"here {rank}", "")
+                time.sleep((5.0 if rank else 7.0) * lost)  # let all call in; with rank 0, which leaves last, the store may go
+                missing = ", ".join(str(r) for r in range(world_size) if lost and not room.check([f"here {r}"]))
+                own = f"rank {missing} does not answer" if lost else f"rank {rank} stopped: {type(error).__name__}: {error}"
+                fault = room.compare_set("fault", "", own).decode()
+            raise (UserError(fault) if lost else error) from None
+
+    return run
+
+
+def gather(value: Any) -> list:
+    """The values of all ranks, on every rank; through the host."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def synchronize(agent: dict, obs: TensorDict, path: pathlib.Path | None, args: Args) -> None:
+    """Refuse ranks that differ from rank 0; then start from its weights and statistics."""
+    facts = {name: value for name, value in vars(args).items() if name not in ("seed", "logger", "video_interval")}
+    facts |= {"observations": {group: tuple(x.shape) for group, x in obs.items()}, "checkpoint": path}
+    facts["source code (crc32)"] = zlib.crc32(pathlib.Path(__file__).read_bytes())
+    for rank, others in enumerate(ranks := gather(facts)):
+        if differing := [f"{name} {x} (rank 0: {ranks[0][name]})" for name, x in others.items() if x != ranks[0][name]]:
+            raise UserError(f"rank {rank} differs from rank 0: it has {', '.join(differing)}")
+    for tensor in tensors_of(agent):
+        dist.broadcast(tensor, src=0)
+
+
+@distributed
+def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
+    """Train from scratch, or from where a checkpoint ends.
+
+    Args:
+        args: all settings.
+        env: an environment with the protocol's attributes; left out, `args.env` is built.
+
+    Returns:
+        One dict of metrics per iteration, keyed by log tags (`Loss/surrogate`, `Train/mean_reward`, ...).
+    """
+    args = dataclasses.replace(args, num_envs=env.num_envs) if env else args
+    check_args(args)
+    device = resolve_device(args)
+    set_up_torch(args, device)
+    path = find_checkpoint(args) if args.resume else None
+    env = env or make_env(args, device)
+    obs = env.get_observations().to(device)
+    actor, critic = make_models(obs, env.num_actions, args)
+    optimizer = make_optimizer([*actor.parameters(), *critic.parameters()], args)
+    agent = {"actor": actor, "critic": critic, "optimizer": optimizer}
+    if args.init_at_random_ep_len:
+        env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=int(env.max_episode_length))
+    storage = make_storage(obs, env.num_actions, actor, args)
+    episodes = make_episodes(args, device)
+    synchronize(agent, obs, path, args)
+    start = 0
+    if path:
+        checkpoint = load_checkpoint(path, device)
+        restore(agent, checkpoint, path)
+        load_resume_state(checkpoint.get("resume", {}), env, storage, episodes)
+        start = checkpoint["iter"] + 1
+        print(f"resuming {path} after its {start} iterations")
+        if start >= args.max_iterations:
+            raise UserError(f"--max-iterations {args.max_iterations}: the checkpoint has finished {start} already")
+    run_dir = gather(make_run_dir(args, env) if dist.get_rank() == 0 else None)[0]
+    writer = make_writer(args, env, run_dir)
+
+    samples = args.num_envs * args.num_steps_per_env // args.num_mini_batches * args.num_mini_batches
+    permutation = torch.zeros(samples, dtype=torch.long, device=device)
+    backup = [tensor.clone() for tensor in tensors_of(agent)]
+    loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
+    graphs = args.cuda_graphs and device.type == "cuda"
+    whole = graphs and getattr(env, "capturable", False)  # else each policy step is a graph, and env.step runs outside
+    act_rows = [CudaGraph(act, actor, critic, row, enabled=graphs and not whole) for row in storage.unbind(0)[:-1]]
+    generators = [env.generator] if whole else []
+    run_collect = CudaGraph(collect, env, critic, storage, episodes, act_rows, args, enabled=whole, generators=generators)
+    run_update = CudaGraph(update, actor, critic, optimizer, storage, permutation, loss_fn, args, enabled=graphs)
+
+    history = []
+    with stop_signals() as stop:
+        for iteration in range(start, args.max_iterations):
+            torch._foreach_copy_(backup, tensors_of(agent))
+            times = [timestamp(device)]
+            metrics = run_collect()
+            times.append(timestamp(device))
+            permutation.copy_(torch.randperm(samples, device=device))
+            metrics = metrics | run_update()
+            times.append(timestamp(device))
+            stopping = any(gather(bool(stop)))  # needs no device: where a rank is lost it fails before `fetch` waits in vain
+            metrics = fetch(metrics)
+            if not all(value for name, value in metrics.items() if name.startswith("finite/")):
+                torch._foreach_copy_(tensors_of(agent), backup)
+                raise FloatingPointError(describe_nan(metrics, iteration, storage, run_dir))
+            history.append(summarize(metrics, times, args))
+            log_iteration(history[-1], iteration, args, writer)
+            last = stopping or iteration == args.max_iterations - 1
+            if run_dir and (last or iteration % args.save_interval == 0):
+                resume = resume_state(args, env, actor, storage, episodes)
+                save_checkpoint(run_dir / f"model_{iteration}.pt", agent, iteration, resume)
+                upload(run_dir / f"model_{iteration}.pt", iteration, args, writer)
+            if run_dir and args.video_interval and (last or iteration % args.video_interval == 0):
+                film_env = make_env(dataclasses.replace(args, num_envs=1), device, play=True)
+                policy = LoadedPolicy(copy.deepcopy(actor).eval(), tuple(actor.shapes))
+                roll_out(film_env, policy, device, args, film=run_dir / f"video_{iteration}")
+                upload(run_dir / f"video_{iteration}.gif", iteration, args, writer)
+            if last:
+                break
+    if run_dir and dist.get_rank() == 0:
+        try:
+            export_policy(Policy(actor), run_dir / "exported")
+        except Exception as error:  # TorchScript, for one, fails where this file was edited meanwhile; nothing is lost
+            print(f"not exported ({error}); --export --checkpoint {run_dir / f'model_{iteration}.pt'} does it")
+    close(env, writer, args)
+    return history
+
+
+def close(env: VecEnv, writer, args: Args) -> None:
+    for end in (getattr(env, "close", None), getattr(writer, "stop", None) or getattr(writer, "close", None)):
+        if end:
+            end()
+    if args.logger == "wandb" and writer:
+        import wandb
+
+        wandb.finish()
+
+
+def parse_args() -> Args:
+    """The command line, over the settings that the environment recommends; those that apply are printed."""
+    first = tyro.cli(Args, args=[x for x in sys.argv[1:] if x not in ("-h", "--help")])
+    tuned = recommended(first.env) if first.env_defaults else {}
+    args = tyro.cli(Args, default=Args(env=first.env, **tuned), description=__doc__.split("\n\n")[0])
+    kept = [f"{name}={value}" for name, value in tuned.items() if getattr(args, name) == value]
+    if kept:
+        print(f"settings that {args.env} recommends (--no-env-defaults: none): {' '.join(kept)}")
+    return args
+
+
+def recommended(env: str) -> dict[str, Any]:
+    try:
+        from envs import defaults
+    except ImportError:  # a copied script has no `envs` beside it
+        return {}
+    try:
+        settings = defaults(env)
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return {name: value for name, value in settings.items() if name in {field.name for field in dataclasses.fields(Args)}}
+
+
+def main() -> None:
+    if os.environ.get("RANK", "0") != "0":
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # rank 0 alone prints
+    try:
+        args = parse_args()
+        if args.play:
+            play(args)
+        elif args.export:
+            path = find_checkpoint(args)
+            export_policy(load_policy(path, args=args).module, path.parent / "exported")
+        else:
+            train(args)
+    except (UserError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
