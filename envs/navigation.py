@@ -91,6 +91,7 @@ DEFAULTS = {
         critic_hidden_dims=(64, 64),
         rnd_obs=("rnd",),
         rnd_weight=10.0,  # times step_dt: 1.0
+        rnd_learning_rate=3e-4,  # with 1e-3 the predictor may outrun the robot: 4 of 5 seeds
         rnd_num_outputs=8,
         rnd_predictor_hidden_dims=(64, 64),
         rnd_target_hidden_dims=(64, 64),

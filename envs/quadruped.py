@@ -84,7 +84,7 @@ _TRAINING = dict(
     num_mini_batches=4,
 )
 DEFAULTS = {
-    "quadruped": dict(_TRAINING, max_iterations=260),
+    "quadruped": dict(_TRAINING, max_iterations=220),
     "quadruped-rough": dict(_TRAINING, max_iterations=400),
 }
 

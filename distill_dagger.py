@@ -1,0 +1,1702 @@
+"""Distillation with DAgger, in one file: a student that sees only what the robot has imitates a teacher that sees everything.
+
+    python ppo_continuous.py --actor-obs policy privileged --critic-obs policy privileged --experiment-name teacher
+    python distill_dagger.py --teacher logs/teacher                     # the newest run's newest checkpoint teaches
+    python distill_dagger.py --teacher logs/teacher --rnn-type gru      # a student with memory
+    python distill_dagger.py --play                                     # film the newest student
+
+The student acts, the teacher says what it would have done, and the student learns that on the states which it visited
+itself: DAgger (Ross et al. 2011, arXiv:1011.0686), on-policy as in rsl_rl's Distillation (Schwarke et al. 2025,
+arXiv:2509.10771), with privileged teachers after Lee et al. 2020, arXiv:2010.11251. Students: MLP, LSTM or GRU, CNN, and
+CNN before LSTM or GRU. Teachers: checkpoints of ppo_continuous.py, ppo_rnn.py, ppo_cnn.py, of this script and of rsl_rl.
+Losses and weights of an MLP student equal those of rsl_rl 5.5.1 bit for bit (tests/test_distill.py). On purpose different:
+a recurrent teacher remembers from one iteration to the next (rsl_rl wipes its memory), and steps that would not fill
+gradient_length are refused (rsl_rl drops them).
+
+    torchrun --nproc-per-node 2 distill_dagger.py --teacher logs/teacher    # num_envs on each of two GPUs, or CPU processes
+
+Shapes: T steps per rollout, N environments, B samples, O size of all 1-D groups, A actions, S size of a network's state
+(its memory; 0 without an RNN), L and H layers and size of an RNN; an image is C x H x W.
+
+Differs from ppo_continuous.py:
+- Args: teacher, student, memory, encoders, beta; nothing of critic, advantages and PPO's loss
+- check_args: steps have to fill gradient_length
+- EmpiricalNormalization: moments of all ranks' observations
+- RNN: new, that of ppo_rnn.py (it goes step by step here: where gradients stop is for gradient_length to say)
+- CNN: new, that of ppo_cnn.py
+- Model: encoders and RNN, if any, before the MLP; always with a distribution; the teacher's network too
+- Experts: new, several teachers
+- make_activation: new, that of ppo_cnn.py
+- make_mlp: that of ppo_cnn.py
+- make_student: new, instead of make_actor and make_models
+- resolve_groups: for student and teacher
+- read_policy: new, weights, settings and observed groups of any checkpoint
+- find_teacher: new, the newest checkpoint of a folder
+- read_teachers: new, from --teacher or the run that is resumed
+- make_teacher: new, refuses tensors that do not fit
+- make_storage: holds the teacher's actions and the networks' states; no values
+- act: asks the teacher too
+- collect: keeps the states; draws who acts where an episode starts
+- draw_who_acts: new, DAgger's mixture
+- behavior_loss: new, instead of ppo_loss (and with it go evaluate, bootstrap_value and compute_gae)
+- gradient_step: new, instead of mini_batch_step (and with it go make_batches and adapt_learning_rate)
+- update: replays the rollout in time, a gradient step every gradient_length steps
+- watched: the teacher's actions
+- finite_flags: the behaviour loss
+- Policy: has encoders and a memory, as those of ppo_cnn.py and ppo_rnn.py
+- OnnxPolicy: new, the policy with its state as inputs and outputs
+- LoadedPolicy: hands over images, resets the state of some environments
+- load_policy: the student of a checkpoint
+- export_policy: one input for each image; the state outside (ONNX) or inside (TorchScript)
+- join_ranks: new, torchrun
+- average: new, over the ranks
+- average_gradients: new
+- any_rank: new, ranks stop together
+- set_up_torch: threads by the size of the student; convolutions keep to the asked precision too
+- resume_state: states, who acts, the teacher's settings
+- load_resume_state: states, who acts
+- train: student and teacher instead of actor and critic; ranks
+- parse_args: of what the environment recommends for PPO only what concerns environments and networks
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import datetime
+import importlib
+import inspect
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import tyro
+import yaml
+from PIL import Image
+from tensordict import TensorDict
+
+if TYPE_CHECKING:
+    from envs.vec_env import VecEnv
+
+
+class UserError(ValueError):
+    """Something the user can mend; its one-line message names the flag or field, the value and what would be right."""
+
+
+# ---- Config ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Args:
+    """Names and defaults are rsl_rl's; built-in tasks bring tuned ones (`--help --env <id>` shows them)."""
+
+    env: str = "quadruped"
+    """Built-in task, `simulator:task`, or `package.module:factory` for a function that returns your environment."""
+    env_defaults: bool = True
+    """Start from the settings that the environment recommends, where it has any (command line only)."""
+    num_envs: int = 4096
+    """N, environments that step in parallel."""
+    num_steps_per_env: int = 120
+    """T, env steps per environment and iteration."""
+    max_iterations: int = 300
+    """Iterations in total; a resumed run continues to this number."""
+    init_at_random_ep_len: bool = True
+    """Start at random episode lengths, so that the environments do not all time out together."""
+    clip_actions: float | None = None
+    """Clamp the actions sent to the environment to +-this."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is a GPU."""
+    num_threads: int = 0
+    """CPU threads; 0 decides by the size of the networks, unless OMP_NUM_THREADS is set."""
+    seed: int = 1
+    """Seed of the environment, the weights and the sampling."""
+
+    teacher: tuple[str, ...] = ()
+    """The teacher's checkpoint, or a folder in which the newest counts; several paths: one expert each."""
+    teacher_index: str = ""
+    """Observation group that says which of several teachers is right: its number (N, 1), or one-hot (N, teachers)."""
+    teacher_obs: tuple[str, ...] = ()
+    """Observation groups of the teacher; left out: what its checkpoint says, else `teacher`, else the student's and `privileged`."""
+    student_obs: tuple[str, ...] = ()
+    """Observation groups of the student; left out: `student`, `actor`, `policy` or `state`, whichever the environment has."""
+    obs_normalization: bool = True
+    """Normalise observations by their running mean and standard deviation."""
+    student_hidden_dims: tuple[int, ...] = (512, 256, 128)
+    """Hidden layers of the student; the teacher's are read from its checkpoint."""
+    activation: Literal["elu", "relu", "selu", "gelu", "silu", "mish", "lrelu", "tanh", "softplus", "sigmoid"] = "elu"
+    """Activation of the student, and of a teacher whose checkpoint does not say (rsl_rl's do not)."""
+    rnn_type: Literal["none", "lstm", "gru"] = "none"
+    """Kind of memory before the student's MLP."""
+    rnn_hidden_dim: int = 256
+    """H, size of each of its layers."""
+    rnn_num_layers: int = 1
+    """L, its layers."""
+    cnn_output_channels: tuple[int, ...] = (16, 32)
+    """Channels of each convolution. The cnn_ settings hold for all image groups; from Python each may be a dict by group."""
+    cnn_kernel_size: int | tuple[int, ...] = 3
+    """Side of the kernels [pixels], one for all layers or one for each."""
+    cnn_stride: int | tuple[int, ...] = 1
+    """Strides [pixels], for all layers or each."""
+    cnn_dilation: int | tuple[int, ...] = 1
+    """Dilations [pixels], for all layers or each."""
+    cnn_padding: str = "none"
+    """`none`, or what surrounds the image so that only the stride makes it smaller: `zeros`, `reflect`, `replicate`, `circular`."""
+    cnn_norm: str | tuple[str, ...] = "none"
+    """`batch`, `layer` or `none`, after the convolution, for all layers or each."""
+    cnn_max_pool: bool | tuple[bool, ...] = False
+    """Halve the image after the activation, by the maximum of 3 x 3 pixels, for all layers or each."""
+    cnn_global_pool: str = "none"
+    """Reduce each channel of the last layer to its `max` or `avg`, or `none`."""
+    distribution: Literal["gaussian", "heteroscedastic", "beta"] = "gaussian"
+    """Action distribution: Gaussian, Gaussian with a state-dependent standard deviation, or Beta (bounded actions)."""
+    std_type: Literal["scalar", "log"] = "scalar"
+    """The network's parameter is the standard deviation, or its logarithm."""
+    init_std: float = 0.1
+    """Standard deviation with which the student acts; imitation of means does not change it."""
+    learn_std: bool = True
+    """Learn the standard deviation, in a later fine-tuning with PPO (`gaussian` only)."""
+    action_range: tuple[float, float] = (-1.0, 1.0)
+    """Range of the actions (`beta` only)."""
+
+    beta: float = 0.0
+    """DAgger's beta: probability that in a new episode the teacher acts; 1 throughout is behaviour cloning."""
+    beta_decay: float = 1.0
+    """Factor on beta per iteration; 0: only the first iteration's episodes are the teacher's."""
+    num_learning_epochs: int = 1
+    """Passes over each rollout."""
+    gradient_length: int = 15
+    """Env steps whose losses are summed, and through which a memory is differentiated, for one gradient step."""
+    loss_type: Literal["mse", "huber"] = "mse"
+    """Distance between the actions of student and teacher."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Optimizer of the student."""
+    learning_rate: float = 1e-3
+    """Learning rate."""
+    max_grad_norm: float | None = None
+    """Gradient norm at which the student is clipped; left out: not clipped."""
+
+    compile: bool = False
+    """Compile the loss with torch.compile."""
+    cuda_graphs: bool = True
+    """On CUDA: capture rollout and update as CUDA graphs."""
+    mixed_precision: bool = False
+    """Run the student in the update in bfloat16; the loss stays in float32."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """`high` lets CUDA multiply in TF32."""
+
+    experiment_name: str = ""
+    """Folder of this experiment's runs; left out: script and environment."""
+    run_name: str = ""
+    """Suffix of the run's folder."""
+    log_root: str = "logs"
+    """Where runs are written, `<log_root>/<experiment_name>/<time>_<run_name>`; empty: write nothing at all."""
+    logger: str = "tensorboard"
+    """`tensorboard`, `wandb`, `none`, or `package.module:Writer` for an object with add_scalar(tag, value, step)."""
+    upload_model: bool = True
+    """Upload checkpoints to W&B as artifacts."""
+    save_interval: int = 50
+    """Iterations between checkpoints."""
+    video_interval: int = 0
+    """Iterations between films of the current policy; 0: none."""
+
+    resume: bool = False
+    """Continue a run with its weights, optimizer, random streams and environment state; --teacher may be left out."""
+    load_run: str = ".*"
+    """Which run to load: a regular expression of its folder's name; of several the newest."""
+    checkpoint: str = ""
+    """Which checkpoint to load: a path, or a regular expression of a file in the run; left out: the newest."""
+    wandb_run_path: str = ""
+    """Load the checkpoint from this W&B run, `entity/project/run`."""
+    play: bool = False
+    """Run a policy instead of training: print returns, write a film and a plot."""
+    export: bool = False
+    """Write a checkpoint's policy as ONNX and TorchScript instead of training."""
+    agent: Literal["policy", "zero", "random"] = "policy"
+    """Who acts in --play."""
+    play_envs: int = 16
+    """Environments in --play; each runs one episode."""
+    viewer: bool = False
+    """In --play: open the simulator's own viewer, where it has one."""
+    terminations: bool = True
+    """In --play: let the environment end episodes early, where it can be told not to."""
+
+
+def check_args(args: Args) -> None:
+    """Refuse what cannot work, before any time is spent on it."""
+    for name, kind in get_type_hints(Args).items():
+        if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose from {', '.join(get_args(kind))}")
+    positive = ["num_envs", "num_steps_per_env", "max_iterations", "num_learning_epochs", "gradient_length", "save_interval"]
+    positive += ["init_std", "learning_rate", "play_envs", "rnn_hidden_dim", "rnn_num_layers"]
+    positive += ["max_grad_norm"] if args.max_grad_norm is not None else []
+    for name in positive:
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    for name in ("beta", "beta_decay"):
+        if not 0.0 <= getattr(args, name) <= 1.0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 0 and 1")
+    if not args.student_hidden_dims or min(args.student_hidden_dims) < 1:
+        raise UserError(f"--student-hidden-dims {args.student_hidden_dims}: name at least one layer, each of 1 or more")
+    steps = args.num_steps_per_env * args.num_learning_epochs
+    if steps % args.gradient_length:
+        fitting = ", ".join(str(n) for n in range(1, steps + 1) if steps % n == 0)
+        lost = f"{steps % args.gradient_length} of {args.num_steps_per_env} steps x {args.num_learning_epochs} epochs"
+        raise UserError(f"--gradient-length {args.gradient_length}: the last {lost} would not fill it; what fits: {fitting}")
+    if not (args.teacher or args.resume or args.play or args.export):
+        raise UserError("--teacher: name a checkpoint of ppo_continuous.py, ppo_rnn.py, ppo_cnn.py or rsl_rl, or its folder")
+    if len(args.teacher) > 1 and not args.teacher_index:
+        raise UserError(f"--teacher-index: say which observation group chooses among the {len(args.teacher)} teachers")
+    if args.action_range[0] >= args.action_range[1]:
+        raise UserError(f"--action-range {args.action_range}: the first number must be the smaller one")
+    if args.distribution != "gaussian" and not args.learn_std:
+        raise UserError(f"--no-learn-std: only the gaussian distribution has a fixed std, not {args.distribution}")
+    if (args.play or args.export) and args.resume:
+        raise UserError("--resume: continues training; --play and --export take --load-run and --checkpoint without it")
+    if args.video_interval and not args.log_root:
+        raise UserError("--video-interval: films go to the run's folder; set --log-root")
+
+
+# ---- Networks -------------------------------------------------------------------------------------------------------
+
+
+class EmpiricalNormalization(nn.Module):
+    """Normalise by the running mean and standard deviation of everything seen so far.
+
+    Buffer names are rsl_rl's; all updates are in place and stay on the device.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-2):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("_mean", torch.zeros(1, size))
+        self.register_buffer("_var", torch.ones(1, size))
+        self.register_buffer("_std", torch.ones(1, size))
+        self.register_buffer("count", torch.tensor(0, dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self._mean) / (self._std + self.eps)
+
+    def update(self, x: torch.Tensor) -> None:
+        """Merge the moments of a batch x (B, O): Chan et al. 1983, parallel variance, in rsl_rl's order."""
+        count = torch.full_like(self.count, x.shape[0])
+        var, mean = torch.var(x, dim=0, unbiased=False, keepdim=True), x.mean(dim=0, keepdim=True)  # (1, O)
+        if dist.is_initialized():
+            # Every rank has as many samples, so means of means are exact: first the global mean, then variances around it.
+            count, local_mean, mean = count * dist.get_world_size(), mean, average(mean)
+            var = average(var + (local_mean - mean) ** 2)
+        self.count += count
+        rate, delta = count / self.count, mean - self._mean
+        self._mean += rate * delta
+        self._var += rate * (var - self._var + delta * (mean - self._mean))
+        self._std.copy_(self._var.sqrt())
+
+
+class Gaussian(nn.Module):
+    """Diagonal Gaussian with one standard deviation per action; params = (mean, std), (..., A) each."""
+
+    def __init__(self, num_actions: int, args: Args):
+        super().__init__()
+        self.num_outputs, self.param_shapes = num_actions, ((num_actions,), (num_actions,))
+        self.std_type = args.std_type
+        std = args.init_std * torch.ones(num_actions)
+        name, value = ("std_param", std) if args.std_type == "scalar" else ("log_std_param", std.log())
+        self.register_parameter(name, nn.Parameter(value, requires_grad=args.learn_std))
+
+    def init_head(self, head: nn.Linear) -> None:
+        """The last layer keeps torch's default initialisation."""
+
+    def split(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (..., A) and standard deviation parameter, (A,) or (..., A)."""
+        return output, self.std_param if self.std_type == "scalar" else self.log_std_param
+
+    def params(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # A std clamped at 1e-6 has zero gradient for ever (as in rsl_rl); --std-type log does not get there.
+        mean, std = self.split(output)
+        if self.std_type == "scalar":
+            std = std.clamp(1e-6, 1e6)
+        else:
+            std = std.clamp(math.log(1e-6), math.log(1e6)).exp()
+        return mean, std.expand_as(mean)
+
+    @torch.jit.export
+    def deterministic(self, output: torch.Tensor) -> torch.Tensor:
+        return output
+
+    def std(self, params):
+        return params[1]
+
+    def sample(self, params):
+        mean, std = params
+        return torch.randn_like(mean) * std + mean
+
+    def log_prob(self, params, actions):  # (..., A) -> (...)
+        # log N(a; mu, sigma) = -(a - mu)^2 / (2 sigma^2) - log sigma - log sqrt(2 pi), summed over the actions
+        mean, std = params
+        return (-((actions - mean) ** 2) / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi))).sum(-1)
+
+    def entropy(self, params):
+        # H = 1/2 + 1/2 log(2 pi) + log sigma
+        return (0.5 + 0.5 * math.log(2 * math.pi) + params[1].log()).sum(-1)
+
+    def kl(self, old, new):
+        # KL(old || new) = 1/2 (r + (mu_o - mu_n)^2 / sigma_n^2 - 1 - log r),  r = sigma_o^2 / sigma_n^2
+        ratio, shift = (old[1] / new[1]) ** 2, ((old[0] - new[0]) / new[1]) ** 2
+        return (0.5 * (ratio + shift - 1 - ratio.log())).sum(-1)
+
+
+class HeteroscedasticGaussian(Gaussian):
+    """Gaussian whose standard deviation is a network output too: the MLP gives (..., 2, A)."""
+
+    def __init__(self, num_actions: int, args: Args):
+        nn.Module.__init__(self)
+        self.num_outputs, self.param_shapes = (2, num_actions), ((num_actions,), (num_actions,))
+        self.std_type, self.init_std = args.std_type, args.init_std
+
+    def init_head(self, head: nn.Linear) -> None:
+        """The std half starts as the constant init_std."""
+        half = self.num_outputs[1]
+        bias = self.init_std if self.std_type == "scalar" else torch.log(torch.tensor(self.init_std + 1e-7)).item()
+        nn.init.zeros_(head.weight[half:])
+        nn.init.constant_(head.bias[half:], bias)
+
+    def split(self, output):
+        return output.unbind(-2)
+
+    @torch.jit.export
+    def deterministic(self, output: torch.Tensor) -> torch.Tensor:
+        return output[..., 0, :]
+
+
+class Beta(nn.Module):
+    """Beta distribution rescaled to action_range; params = (concentration,), (..., A, 2), both > 1, so it has one mode.
+
+    A Beta is the Dirichlet distribution of two components; kept as one tensor it is stacked once.
+    """
+
+    def __init__(self, num_actions: int, args: Args):
+        super().__init__()
+        self.num_outputs, self.param_shapes = (2, num_actions), ((num_actions, 2),)
+        self.low, self.scale = args.action_range[0], args.action_range[1] - args.action_range[0]
+
+    def init_head(self, head: nn.Linear) -> None:
+        """The beta half starts at zero, as in rsl_rl."""
+        half = self.num_outputs[1]
+        nn.init.zeros_(head.weight[half:])
+        nn.init.zeros_(head.bias[half:])
+
+    def params(self, output):
+        alpha, beta = output.unbind(-2)
+        return (torch.stack((nn.functional.softplus(alpha) + 1.0, nn.functional.softplus(beta) + 1.0), -1),)
+
+    @torch.jit.export
+    def deterministic(self, output: torch.Tensor) -> torch.Tensor:
+        alpha = nn.functional.softplus(output[..., 0, :]) + 1.0
+        beta = nn.functional.softplus(output[..., 1, :]) + 1.0
+        return alpha / (alpha + beta) * self.scale + self.low
+
+    def dirichlet(self, params):
+        return torch.distributions.Dirichlet(params[0], validate_args=False)
+
+    def std(self, params):
+        # Var x = alpha beta / ((alpha + beta)^2 (alpha + beta + 1))
+        (alpha, beta), total = params[0].unbind(-1), params[0].sum(-1)
+        return (alpha * beta / (total**2 * (total + 1))).sqrt() * self.scale
+
+    def sample(self, params):
+        return self.dirichlet(params).sample()[..., 0] * self.scale + self.low
+
+    def log_prob(self, params, actions):
+        # y = low + scale x, hence log p(y) = log p(x) - log scale
+        x = ((actions - self.low) / self.scale).clamp(1e-6, 1.0 - 1e-6)
+        return (self.dirichlet(params).log_prob(torch.stack((x, 1.0 - x), -1)) - math.log(self.scale)).sum(-1)
+
+    def entropy(self, params):
+        # of x, not of y: rsl_rl leaves the constant log scale out here
+        return self.dirichlet(params).entropy().sum(-1)
+
+    def kl(self, old, new):
+        beta = lambda params: torch.distributions.Beta(*params[0].unbind(-1), validate_args=False)  # noqa: E731
+        return torch.distributions.kl_divergence(beta(old), beta(new)).sum(-1)
+
+
+class RNN(nn.Module):
+    """LSTM or GRU whose whole memory is one vector per environment, the state (N, S): zeros where an episode starts.
+
+    A rollout too is done step by step: where episodes end inside it, no kernel for whole sequences applies, and to find
+    out whether one does would stall a GPU. On one CPU thread, forward and backward, T 24, N 256, H 256 take 134 ms (GRU)
+    and 164 ms (LSTM); with cell functions 119 and 159, in one call for the sequence 120 and 163. Not measured on a GPU.
+
+    Args:
+        size: O, size of the input.
+        args: for the type, H and L.
+    """
+
+    __constants__ = ["is_lstm"]  # lets TorchScript leave out the other branch, whose types do not fit
+
+    def __init__(self, size: int, args: Args):
+        super().__init__()
+        self.is_lstm = args.rnn_type == "lstm"
+        self.rnn = (nn.LSTM if self.is_lstm else nn.GRU)(size, args.rnn_hidden_dim, args.rnn_num_layers)
+        self.hidden_shape = (2 if self.is_lstm else 1, args.rnn_num_layers, args.rnn_hidden_dim)  # h and c, or h
+        self.state_size = math.prod(self.hidden_shape)  # S
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step: input (N, O) and state (N, S) -> output (N, H) and next state (N, S)."""
+        hidden = self.split(state)
+        if self.is_lstm:
+            output, (h, c) = self.rnn(x[None], (hidden[0], hidden[1]))
+            return output[0], self.join(torch.stack((h, c)))
+        else:
+            output, h = self.rnn(x[None], hidden[0])
+            return output[0], self.join(h[None])
+
+    def split(self, state: torch.Tensor) -> torch.Tensor:
+        """(N, S) -> h and c, or h alone, in torch's order of dimensions, (2 or 1, L, N, H)."""
+        return state.unflatten(1, self.hidden_shape).permute(1, 2, 0, 3).contiguous()
+
+    def join(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The inverse of `split`."""
+        return hidden.permute(2, 0, 1, 3).flatten(1)
+
+    def unroll(self, x: torch.Tensor, state: torch.Tensor, dones: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A rollout: inputs (T, N, O), state at its start (N, S), dones (T, N) -> outputs (T, N, H), state after it."""
+        outputs, goes_on = [], 1.0 - dones.to(x.dtype).unsqueeze(-1)  # (T, N, 1)
+        for t in range(len(x)):
+            # s_{t+1} = (1 - d_t) f(x_t, s_t): neither memory nor gradient crosses the end of an episode
+            output, state = self(x[t], state)
+            state = goes_on[t] * state
+            outputs.append(output)
+        return torch.stack(outputs), state
+
+
+class CNN(nn.Sequential):
+    """Encoder of one image group, (B, C, H, W) -> (B, L): convolution, norm, activation, pooling, and so on; in the end flat."""
+
+    @torch.no_grad()
+    def __init__(self, group: str, shape: tuple[int, ...], args: Args):
+        settings = {name: value for name, value in vars(args).items() if name.startswith("cnn_")}
+        layers, x = [], torch.zeros(1, *shape)  # x tells what size each layer leaves
+        try:
+            settings = {name: value[group] if isinstance(value, dict) else value for name, value in settings.items()}
+            names = ("output_channels", "kernel_size", "stride", "dilation", "norm", "max_pool")
+            columns = [settings[f"cnn_{name}"] for name in names]
+            columns = [value if isinstance(value, (tuple, list)) else [value] * len(columns[0]) for value in columns]
+            padding, global_pool = settings["cnn_padding"], settings["cnn_global_pool"]
+            for c, k, s, d, norm, max_pool in zip(*columns, strict=True):
+                # Padding on both sides that makes n // s of n pixels, as rsl_rl rounds it.
+                pad = [0 if padding == "none" else math.ceil((s * (n // s - 1) + d * (k - 1) + 1 - n) / 2) for n in x.shape[2:]]
+                mode = "zeros" if padding == "none" else padding
+                layers.append(nn.Conv2d(x.shape[1], c, k, s, pad, d, padding_mode=mode))
+                x = layers[-1](x)
+                layers += {"none": [], "batch": [nn.BatchNorm2d(c)], "layer": [nn.LayerNorm(x.shape[1:])]}[norm]
+                layers += [make_activation(args.activation), *([nn.MaxPool2d(3, stride=2, padding=1)] if max_pool else [])]
+                x = layers[-1](x)
+            layers += {"none": [], "max": [nn.AdaptiveMaxPool2d(1)], "avg": [nn.AdaptiveAvgPool2d(1)]}[global_pool]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{settings}: make no encoder of image group {group} {shape}: {error}") from error
+        super().__init__(*layers, nn.Flatten())
+        self.size = x.shape[1:].numel() if global_pool == "none" else x.shape[1]  # L
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # channels_last, 24 x 24 / 64 x 64 / 13 x 9 pixels on one CPU core: a step takes 0.78 / 0.97 / 1.06 of the time. So it
+        # is left out; --mixed-precision takes 0.80 / 0.67 / 0.53. Not measured on a GPU.
+        x = x / 255.0 if x.dtype == torch.uint8 else x
+        x = x.to(self[0].weight.dtype)
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+class Model(nn.Module):
+    """1-D groups, normalised, and the latents of a CNN for each 2-D group -> RNN, if any -> MLP -> action distribution.
+
+    Args:
+        shapes: shape of one sample of each observation group that this model reads, in order.
+        num_actions: A.
+        args: for the layers, the normalisation and the distribution.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], num_actions: int, args: Args):
+        super().__init__()
+        self.shapes, self.args = shapes, args
+        distributions = {"gaussian": Gaussian, "heteroscedastic": HeteroscedasticGaussian, "beta": Beta}
+        self.vectors, self.images = ([group for group in shapes if len(shapes[group]) == dims] for dims in (1, 3))
+        size = sum(shapes[group][0] for group in self.vectors)  # O
+        self.obs_normalizer = EmpiricalNormalization(size) if args.obs_normalization else nn.Identity()
+        # Weights are drawn in the order CNNs, MLP, RNN and listed in the order MLP, RNN, CNNs: both as in rsl_rl.
+        cnns = nn.ModuleDict({group: CNN(group, shapes[group], args) for group in self.images})
+        size += sum(cnn.size for cnn in cnns.values())
+        self.distribution = distributions[args.distribution](num_actions, args)
+        num_inputs = size if args.rnn_type == "none" else args.rnn_hidden_dim
+        self.mlp = make_mlp(num_inputs, self.distribution.num_outputs, args.student_hidden_dims, args.activation)
+        self.distribution.init_head(next(m for m in reversed(self.mlp) if isinstance(m, nn.Linear)))
+        self.rnn = None if args.rnn_type == "none" else RNN(size, args)
+        self.state_size = self.rnn.state_size if self.rnn else 0  # S
+        self.cnns = cnns
+
+    def concatenate(self, obs: TensorDict) -> torch.Tensor:
+        vectors = [obs[group] for group in self.vectors] or [obs[self.images[0]][..., 0, 0, :0].float()]  # or none: (..., 0)
+        return torch.cat(vectors, dim=-1)  # (..., O)
+
+    def preprocess(self, obs: TensorDict) -> list[torch.Tensor]:
+        """What `forward` reads: all 1-D groups, normalised, then the images. Done once per rollout, for all epochs."""
+        return [self.obs_normalizer(self.concatenate(obs)), *(obs[group] for group in self.images)]
+
+    def forward(self, inputs: list[torch.Tensor], state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step: inputs (N, ...) and state (N, S) -> the distribution's parameters, and the next state."""
+        vector, *images = inputs
+        latent = torch.cat([vector, *(self.cnns[group](image) for group, image in zip(self.images, images))], dim=-1)
+        if self.rnn:
+            latent, state = self.rnn(latent, state)
+        return self.mlp(latent), state
+
+    def decide(self, obs: TensorDict, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Without noise: observations (N, ...) and state (N, S) -> actions (N, A) and the next state."""
+        output, state = self(self.preprocess(obs), state)
+        return self.distribution.deterministic(output), state
+
+    def update_normalization(self, obs: TensorDict) -> None:
+        """Learn the moments of a whole rollout of observations, (T, N, ...) each."""
+        if isinstance(self.obs_normalizer, EmpiricalNormalization):
+            self.obs_normalizer.update(self.concatenate(obs).flatten(0, 1))
+
+
+class Experts(nn.ModuleList):
+    """Several teachers, of which an observation group chooses one for each environment and step."""
+
+    def __init__(self, models: list[Model], index: str):
+        super().__init__(models)
+        self.index, self.state_sizes = index, [model.state_size for model in models]
+        self.state_size = sum(self.state_sizes)
+
+    def decide(self, obs: TensorDict, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        choice = obs[self.index]
+        choice = choice.argmax(-1) if choice.shape[-1] > 1 else choice.squeeze(-1).long()  # (N,)
+        # All decide everywhere: shapes stay static, and each remembers its episode when its turn comes.
+        states = state.split(self.state_sizes, dim=-1)
+        decisions = [model.decide(obs, state) for model, state in zip(self, states)]
+        actions = torch.stack([actions for actions, _ in decisions])  # (teachers, N, A)
+        chosen = actions[choice, torch.arange(len(choice), device=choice.device)]
+        return chosen, torch.cat([state for _, state in decisions], dim=-1)
+
+
+def make_activation(name: str) -> nn.Module:
+    classes = dict(elu=nn.ELU, relu=nn.ReLU, selu=nn.SELU, gelu=nn.GELU, silu=nn.SiLU, mish=nn.Mish, lrelu=nn.LeakyReLU)
+    classes |= dict(tanh=nn.Tanh, softplus=nn.Softplus, sigmoid=nn.Sigmoid)
+    return classes[name]()
+
+
+def make_mlp(num_inputs: int, num_outputs: int | tuple[int, ...], hidden_dims, activation: str) -> nn.Sequential:
+    """Linear layers with an activation between, in torch's default initialisation; layer names are rsl_rl's."""
+    sizes = [num_inputs, *hidden_dims]
+    layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), make_activation(activation))]
+    if isinstance(num_outputs, tuple):
+        layers += [nn.Linear(sizes[-1], math.prod(num_outputs)), nn.Unflatten(-1, num_outputs)]
+    else:
+        layers += [nn.Linear(sizes[-1], num_outputs)]
+    return nn.Sequential(*layers)
+
+
+def make_student(obs: TensorDict, num_actions: int, args: Args) -> Model:
+    groups = args.student_obs or first_group(obs, "student", "actor", "policy", "state")
+    student = Model(resolve_groups(obs, "--student-obs", groups), num_actions, args)
+    student.dtypes = {group: obs[group].dtype for group in student.images}
+    return student.to(obs.device)
+
+
+def resolve_groups(obs: TensorDict, flag: str, groups: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of observation groups, as asked for or by convention; printed either way."""
+    available = ", ".join(f"{group} {tuple(x.shape[1:])}" for group, x in obs.items())
+    missing = [group for group in groups if group not in obs.keys()]
+    if missing or not groups:
+        raise UserError(f"{' '.join([flag, *missing])}: the environment has no such group; it has {available}")
+    for group in groups:
+        if obs[group].dim() not in (2, 4):
+            raise UserError(f"{flag} {group}: must be (N, O) or an image (N, C, H, W); there are {available}")
+    shapes = {group: tuple(obs[group].shape[1:]) for group in groups}
+    print(f"{flag[2:-4]} observes {' + '.join(f'{group} {shape}' for group, shape in shapes.items())}")
+    return shapes
+
+
+def first_group(obs: TensorDict, *names: str) -> tuple[str, ...]:
+    return tuple(name for name in names if name in obs.keys())[:1]
+
+
+# ---- Teacher --------------------------------------------------------------------------------------------------------
+
+
+def read_policy(source: str, checkpoint: dict, args: Args) -> tuple[dict, Args, dict]:
+    """The policy of a checkpoint, of any script here or of rsl_rl: its weights, settings and observed shapes.
+
+    Sizes and kinds of layers are read from the tensors. What they do not show (activation, strides, ...) our checkpoints
+    say, and so they do the observation groups; for others it is as in `args`, and the shapes are empty.
+    """
+    held = [name for name in ("student_state_dict", "actor_state_dict") if name in checkpoint]
+    if not held:
+        raise UserError(f"{source}: has no student or actor; it holds {', '.join(map(str, checkpoint))}")
+    state, resume = checkpoint[held[0]], checkpoint.get("resume", {})
+    layers = [value for key, value in state.items() if re.fullmatch(r"mlp\.\d+\.weight", key)]
+    if not layers:
+        raise UserError(f"{source}: {held[0]} has no mlp; it holds {', '.join(list(state)[:5])} ...")
+    settings = {name: value for name, value in resume.get("args", {}).items() if name in vars(args)}
+    settings |= dict(rnn_type="none", obs_normalization="obs_normalizer._mean" in state)
+    settings["student_hidden_dims"] = tuple(layer.shape[0] for layer in layers[:-1])
+    if "rnn.rnn.weight_hh_l0" in state:
+        gates, hidden_dim = state["rnn.rnn.weight_hh_l0"].shape
+        num_layers = sum(key.startswith("rnn.rnn.weight_hh_l") for key in state)
+        settings |= dict(rnn_hidden_dim=hidden_dim, rnn_num_layers=num_layers)
+        settings["rnn_type"] = "lstm" if gates == 4 * hidden_dim else "gru"
+    stds = [key for key in state if key in ("distribution.std_param", "distribution.log_std_param")]
+    if stds:
+        settings |= dict(distribution="gaussian", std_type="log" if "log" in stds[0] else "scalar")
+    elif not resume and args.distribution == "gaussian":
+        settings["distribution"] = "heteroscedastic"
+    kernels: dict[str, list] = {}
+    for key, value in state.items():
+        if key.startswith("cnns.") and value.dim() == 4:
+            kernels.setdefault(key.split(".")[1], []).append(value)  # (C_out, C_in, k, k)
+    if kernels:
+        settings["cnn_output_channels"] = {group: tuple(k.shape[0] for k in kernels[group]) for group in kernels}
+        settings["cnn_kernel_size"] = {group: tuple(k.shape[2] for k in kernels[group]) for group in kernels}
+    shapes = resume.get("student_shapes") or resume.get("actor_shapes") or {}
+    return state, dataclasses.replace(args, **settings), shapes
+
+
+def find_teacher(path: str) -> pathlib.Path:
+    """The checkpoint itself, or the newest of the newest run in a folder."""
+    files = [pathlib.Path(path)] if pathlib.Path(path).is_file() else list(pathlib.Path(path).glob("**/model_*.pt"))
+    if not files:
+        raise UserError(f"--teacher {path}: is no file, and no folder with a model_<iteration>.pt in it")
+    return max(files, key=lambda file: (file.parent.name, iteration_of(file)))
+
+
+def read_teachers(args: Args, checkpoint: dict, device: torch.device) -> list[tuple]:
+    """The policies that --teacher names or, without it, those that a resumed run's checkpoint holds; each with its source."""
+    if args.teacher:
+        sources = {f"--teacher {path}": load_checkpoint(find_teacher(path), device) for path in args.teacher}
+    elif "teacher_state_dict" not in checkpoint:
+        raise UserError(f"--teacher: is not in the resumed checkpoint, which holds {', '.join(map(str, checkpoint))}")
+    else:
+        weights, told = checkpoint["teacher_state_dict"], checkpoint.get("resume", {}).get("teachers", [{}])
+        prefixes = [f"{number}." for number in range(len(told))] if len(told) > 1 else [""]  # those of Experts
+        sources = {}
+        for prefix, resume in zip(prefixes, told):
+            state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+            sources[f"the resumed run's teacher {prefix}"] = {"actor_state_dict": state, "resume": resume}
+    return [(source, *read_policy(source, checkpoint, args)) for source, checkpoint in sources.items()]
+
+
+def make_teacher(policies: list[tuple], student: Model, obs: TensorDict, num_actions: int, args: Args) -> Model | Experts:
+    """The network, or networks, of checkpoints, for this environment; frozen."""
+    models = []
+    for source, state, settings, shapes in policies:
+        privileged = tuple(student.shapes) + first_group(obs, "privileged", "privileged_state")
+        groups = args.teacher_obs or tuple(shapes) or first_group(obs, "teacher") or tuple(dict.fromkeys(privileged))
+        shapes = resolve_groups(obs, "--teacher-obs", groups)
+        model = Model(shapes, num_actions, settings)
+        expected = model.state_dict()
+        for name in dict.fromkeys([*expected, *state]):
+            given, wanted = (tuple(x[name].shape) if name in x else "no such tensor" for x in (state, expected))
+            if given != wanted:
+                seen = " + ".join(f"{group} {shape}" for group, shape in shapes.items())
+                raise UserError(f"{source}: {name} is {given}, but {wanted} for --teacher-obs {seen} and {num_actions} actions")
+        model.load_state_dict(state)
+        models.append(model.to(obs.device).eval().requires_grad_(False))
+    if len(models) == 1:
+        return models[0]
+    if args.teacher_index not in obs.keys() or obs[args.teacher_index].shape[1:] not in ((1,), (len(models),)):
+        fitting = f"a group of shape (1,) or ({len(models)},), for {len(models)} teachers"
+        raise UserError(f"--teacher-index {args.teacher_index}: must be {fitting}")
+    return Experts(models, args.teacher_index)
+
+
+# ---- Rollout storage ------------------------------------------------------------------------------------------------
+
+
+def make_storage(obs: TensorDict, num_actions: int, student: Model, teacher: Model | Experts, args: Args) -> TensorDict:
+    """Rows 0..T-1 hold a rollout, all (T + 1, N, ...); row T only the observation after its last step."""
+    rows, n, device = args.num_steps_per_env + 1, args.num_envs, obs.device
+
+    def zeros(*shape, dtype=torch.get_default_dtype()):
+        return torch.zeros(rows, n, *shape, dtype=dtype, device=device)
+
+    # Vectors become the networks' dtype here, whatever the environment returns; images are stored as they come.
+    groups = {g: zeros(*x.shape[1:], dtype=torch.get_default_dtype() if x.dim() == 2 else x.dtype) for g, x in obs.items()}
+    sizes = {"student": student.state_size, "teacher": teacher.state_size}
+    state = TensorDict({name: torch.zeros(n, size, device=device) for name, size in sizes.items()}, batch_size=[n])
+    storage = TensorDict(
+        obs=TensorDict(groups, batch_size=[rows, n]),
+        actions=zeros(num_actions),
+        std=zeros(),  # of the student's actions, their mean
+        teacher_actions=zeros(num_actions),  # what the student learns
+        rewards=zeros(),
+        dones=zeros(dtype=torch.bool),  # dones[t] follows actions[t]
+        # Expanded: every row shows the same memory, which outlives the rollout.
+        state=state.expand(rows, n),  # of the RNNs, running
+        first_state=state["student"].clone().expand(rows, n, -1),  # the student's at row 0
+        beta=torch.zeros(n, device=device).expand(rows, n),
+        teacher_acts=torch.zeros(n, dtype=torch.bool, device=device).expand(rows, n),  # in the running episode
+        batch_size=[rows, n],
+        device=device,
+    )
+    storage["obs"][-1].update_(obs)
+    return storage
+
+
+@torch.no_grad()
+def act(student: Model, teacher: Model | Experts, row: TensorDict) -> None:
+    """Sample the student's action for the observation in this row (N, ...) of the storage, and ask the teacher for its own."""
+    output, student_state = student(student.preprocess(row["obs"]), row["state"]["student"])
+    params = student.distribution.params(output)
+    actions = student.distribution.sample(params)
+    row["std"].copy_(student.distribution.std(params).mean(-1))
+    teacher_actions, teacher_state = teacher.decide(row["obs"], row["state"]["teacher"])
+    row["teacher_actions"].copy_(teacher_actions)
+    row["actions"].copy_(torch.where(row["teacher_acts"].unsqueeze(-1), teacher_actions, actions))
+    row["state"].update_({"student": student_state, "teacher": teacher_state})
+
+
+@torch.no_grad()
+def collect(env: VecEnv, storage: TensorDict, episodes: TensorDict, act_rows, args: Args) -> dict:
+    """Fill the storage with T steps; return the finished episodes' totals and the means of the environment's log."""
+    rows, logs = storage.unbind(0), {}
+    rows[0]["obs"].update_(rows[-1]["obs"])
+    rows[0]["first_state"].copy_(rows[0]["state"]["student"])
+    for row, next_row, act_row in zip(rows, rows[1:], act_rows):
+        act_row()
+        actions = row["actions"] if args.clip_actions is None else row["actions"].clamp(-args.clip_actions, args.clip_actions)
+        obs, rewards, dones, extras = env.step(actions.to(env.device))
+        # Copied, never referenced: simulators reuse these buffers in place.
+        next_row["obs"].update_(obs.select(*next_row["obs"].keys()))
+        row["rewards"].copy_(rewards)
+        row["dones"].copy_(dones)
+        row["state"].masked_fill_(row["dones"], 0.0)
+        if args.beta:
+            draw_who_acts(row, row["dones"])
+        for key, value in (extras.get("episode") or extras.get("log") or {}).items():
+            value = value.to(row.device, torch.get_default_dtype()).mean() if torch.is_tensor(value) else float(value)
+            logs.setdefault(key if "/" in key else f"Episode/{key}", []).append(value)
+    logs = {key: torch.stack(v).mean() if torch.is_tensor(v[0]) else sum(v) / len(v) for key, v in logs.items()}
+    if args.beta:
+        logs["Policy/beta"] = rows[0]["beta"].mean()
+        rows[0]["beta"].mul_(args.beta_decay)  # beta_i = beta_1 decay^(i - 1)                arXiv:1011.0686 section 4.1
+    return finish_episodes(episodes, {"reward": storage["rewards"][:-1]}, storage["dones"][:-1]) | logs
+
+
+def draw_who_acts(row: TensorDict, starts: torch.Tensor) -> None:
+    """Where an episode starts (N,), the teacher acts in it with probability beta."""
+    drawn = torch.rand_like(row["beta"]) < row["beta"]
+    row["teacher_acts"].copy_(torch.where(starts, drawn, row["teacher_acts"]))
+
+
+def make_episodes(args: Args, device: torch.device) -> TensorDict:
+    """Return and length so far of every environment's running episode, (N,) each."""
+    totals = {name: torch.zeros(args.num_envs, device=device) for name in ("reward", "episode_length")}
+    return TensorDict(totals, batch_size=[args.num_envs])
+
+
+def finish_episodes(episodes: TensorDict, series: dict[str, torch.Tensor], dones: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Add a rollout's series, (T, N) each, to the running totals; return those of ALL episodes that ended in it, summed."""
+    series = series | {"episode_length": torch.ones_like(series["reward"])}
+    still_running = dones.flip(0).cumsum(0).flip(0) == 0  # (T, N): no done from here to the end of the rollout
+    finished = {"num_episodes": dones.sum()}
+    for name, total in episodes.items():
+        everything = total + series[name].sum(0)
+        total.copy_(torch.where(still_running[0], total, 0.0) + torch.where(still_running, series[name], 0.0).sum(0))
+        finished[name] = (everything - total).sum()
+    return finished
+
+
+# ---- Loss -----------------------------------------------------------------------------------------------------------
+
+
+def behavior_loss(student: Model, inputs: list[torch.Tensor], state: torch.Tensor, teacher_actions: torch.Tensor, args: Args):
+    """How far the student's mean is from the teacher's (N, A), at one step; and the student's next state (N, S)."""
+    with torch.autocast(teacher_actions.device.type, torch.bfloat16, enabled=args.mixed_precision):
+        output, next_state = student(inputs, state)
+    actions = student.distribution.deterministic(output.to(teacher_actions.dtype))
+    distance = nn.functional.mse_loss if args.loss_type == "mse" else nn.functional.huber_loss
+    return distance(actions, teacher_actions), next_state.to(state.dtype)
+
+
+# ---- Update ---------------------------------------------------------------------------------------------------------
+
+
+class Adam(torch.optim.Adam):
+    """torch.optim.Adam that keeps the learning rate and the step count on the device, so that nothing ever waits.
+
+    On CUDA it is torch's own fused kernel. Elsewhere it takes the same steps as torch's loop over the parameters, to the
+    bit, in ten calls for all parameters together.
+    """
+
+    def __init__(self, params, lr: float, decoupled_weight_decay: bool = False):
+        params = list(params)
+        fused = params[0].is_cuda
+        # torch's fused kernel reads a float32 learning rate; in float64 the CPU's rounds as rsl_rl's Python float does.
+        lr = torch.tensor(lr, dtype=torch.float32 if fused else torch.float64, device=params[0].device)
+        weight_decay = 1e-2 if decoupled_weight_decay else 0.0
+        flags = dict(fused=True, capturable=True) if fused else {}
+        super().__init__(params, lr=lr, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay, **flags)
+        for p in params:
+            step_dtype = torch.float32 if fused else torch.get_default_dtype()
+            step = torch.zeros((), dtype=step_dtype, device=p.device)
+            self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        if group["fused"]:
+            return super().step()
+        params = [p for p in group["params"] if p.grad is not None]
+        grads, states = [p.grad for p in params], [self.state[p] for p in params]
+        means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        torch._foreach_add_([s["step"] for s in states], 1.0)
+        step = states[0]["step"].double()
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        # theta -= lr m_hat / (sqrt(v_hat) + eps)                                 arXiv:1412.6980 algorithm 1
+        denominator = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominator, (1 - beta2**step).sqrt())
+        torch._foreach_add_(denominator, group["eps"])
+        update = torch._foreach_mul(means, -lr / (1 - beta1**step))
+        torch._foreach_div_(update, denominator)
+        torch._foreach_add_(params, update)
+
+
+def make_optimizer(params, args: Args) -> torch.optim.Optimizer:
+    params = list(params)
+    if args.optimizer == "sgd":
+        dtype = torch.float32 if params[0].is_cuda else torch.float64
+        return torch.optim.SGD(params, lr=torch.tensor(args.learning_rate, dtype=dtype, device=params[0].device))
+    return Adam(params, args.learning_rate, decoupled_weight_decay=args.optimizer == "adamw")
+
+
+def gradient_step(student: Model, optimizer, loss: torch.Tensor, args: Args) -> torch.Tensor:
+    """One step of the optimizer; returns the norm of the gradient."""
+    optimizer.zero_grad()
+    loss.backward()
+    average_gradients(optimizer)
+    norm = nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm or math.inf)
+    optimizer.step()
+    return norm
+
+
+def update(student: Model, optimizer, storage: TensorDict, loss_fn, args: Args) -> dict:
+    """Replay the rollout as often as there are epochs, and take a gradient step every gradient_length steps.
+
+    Weights move during the replay and the student's memory with them, so the next rollout goes on from the memory at the
+    end of the replay. Returns what to log, on the device: one number each time, (E * T,) or (E * T / gradient_length,).
+    """
+    rows = list(zip(*(x.unbind(0) for x in student.preprocess(storage["obs"][:-1]))))  # T times (N, O), (N, C, H, W), ...
+    teacher_actions, dones = storage["teacher_actions"], storage["dones"].unsqueeze(-1)
+    losses, norms, summed = [], [], []
+    for _ in range(args.num_learning_epochs):
+        state = storage["first_state"][0]
+        for t, inputs in enumerate(rows):
+            loss, state = loss_fn(student, inputs, state, teacher_actions[t], args)
+            losses.append(loss.detach())
+            summed.append(loss)
+            if len(summed) == args.gradient_length:
+                norms.append(gradient_step(student, optimizer, sum(summed), args))
+                state, summed = state.detach(), []
+            state = state.masked_fill(dones[t], 0.0)  # neither memory nor gradient crosses the end of an episode
+    storage["state"]["student"][0].copy_(state.detach())
+    metrics = {"Loss/behavior": torch.stack(losses), "Loss/grad_norm": torch.stack(norms)}
+    metrics["Policy/mean_std"] = storage["std"][args.num_steps_per_env - 1].mean()
+    with torch.no_grad():
+        # The moments are learned here, after the epochs, so that the update normalises as the rollout did.
+        student.update_normalization(storage["obs"][:-1])
+    metrics["Loss/learning_rate"] = optimizer.param_groups[0]["lr"].clone()
+    return metrics | finite_flags(storage, metrics)
+
+
+class CudaGraph:
+    """`fn(*args)` as one CUDA graph launch; where not `enabled`, just the call.
+
+    Two ordinary calls warm up (they are real iterations), the third is recorded, and from then on every call replays the
+    same kernels on the same memory. So `fn` may only touch tensors that stay where they are and are changed in place, and
+    must not read one on the host. What it returns is overwritten by the next call.
+    """
+
+    def __init__(self, fn, *args, enabled: bool, generators=()):
+        self.fn, self.args, self.enabled, self.generators = fn, args, enabled, generators
+        self.calls, self.graph, self.result = 0, None, None
+
+    def __call__(self):
+        self.calls += 1
+        if self.enabled and self.calls > 2 and self.graph is None:
+            self.record()
+        if self.graph is None:
+            return self.fn(*self.args)
+        self.graph.replay()
+        return self.result
+
+    def record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        try:
+            with torch.cuda.graph(graph):
+                self.result = self.fn(*self.args)
+            self.graph = graph
+        except RuntimeError as error:
+            self.enabled = False
+            print(f"{self.fn.__name__} cannot be captured as a CUDA graph, so it runs eagerly: {str(error).splitlines()[0]}")
+
+
+# ---- NaN guard ------------------------------------------------------------------------------------------------------
+
+
+def watched(storage: TensorDict) -> dict[str, torch.Tensor]:
+    """What must be finite in a rollout, (T, N, ...) each."""
+    groups = {f"observation group '{name}'": x for name, x in storage["obs"].items() if x.is_floating_point()}
+    return groups | {"reward": storage["rewards"], "teacher's action": storage["teacher_actions"]}
+
+
+def finite_flags(storage: TensorDict, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One device flag for each thing that must be finite; the host reads them once per iteration, with the metrics."""
+    return {f"finite/{name}": x.isfinite().all() for name, x in (watched(storage) | {"loss": metrics["Loss/behavior"]}).items()}
+
+
+def describe_nan(metrics: dict[str, float], iteration: int, storage: TensorDict, run_dir: pathlib.Path | None) -> str:
+    """Dump the rollout and say what was not finite first, where and when."""
+    message = "loss is not finite"
+    for name, x in watched(storage).items():
+        if not metrics[f"finite/{name}"]:
+            bad = ~x.isfinite().flatten(2).all(-1) if x.dim() > 2 else ~x.isfinite()  # (T + 1, N)
+            step = int(bad.any(1).nonzero()[0])
+            message = f"{name} is not finite from step {step} on, in environments {bad[step].nonzero().flatten()[:8].tolist()}"
+            break
+    message = f"iteration {iteration}: {message}; weights, optimizer and normalisers are as iteration {iteration - 1} left them"
+    if run_dir:
+        torch.save(storage.to_dict(), run_dir / f"nan_{iteration}.pt")
+        message += f"; the rollout is in {run_dir / f'nan_{iteration}.pt'}"
+    return message
+
+
+# ---- Logging, checkpoints, export -----------------------------------------------------------------------------------
+
+
+def fetch(metrics: dict) -> dict[str, float]:
+    """Bring an iteration's metrics to the host: its one device synchronisation. Values per mini-batch are averaged."""
+    tensors = {name: value.reshape(-1) for name, value in metrics.items() if torch.is_tensor(value)}
+    numbers = iter(torch.cat([value.double() for value in tensors.values()]).tolist())
+    means = {name: sum(next(numbers) for _ in value) / len(value) for name, value in tensors.items()}
+    metrics = metrics | means
+    return metrics
+
+
+def timestamp(device: torch.device):
+    """A point in time: on CUDA one between two kernels, since the host runs ahead of them."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start, end) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+
+
+def summarize(metrics: dict[str, float], times: list, args: Args) -> dict[str, float]:
+    """What is logged: episode totals become means (NaN where no episode ended), times become throughput."""
+    metrics = {name: value for name, value in metrics.items() if not name.startswith("finite/")}
+    episodes = metrics.pop("num_episodes")
+    for name in ("reward", "episode_length"):
+        total = metrics.pop(name)
+        metrics[f"Train/mean_{name}"] = total / episodes if episodes else math.nan
+    metrics["Train/num_episodes"] = episodes
+    metrics["Perf/collection_time"] = seconds_between(times[0], times[1])  # s
+    metrics["Perf/learning_time"] = seconds_between(times[1], times[2])  # s
+    metrics["Perf/total_fps"] = args.num_envs * args.num_steps_per_env / seconds_between(times[0], times[2])  # env steps / s
+    if torch.cuda.is_available():
+        metrics["Perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return metrics
+
+
+def log_iteration(metrics: dict[str, float], iteration: int, args: Args, writer=None) -> None:
+    """Everything to the writer, the essential in three lines to the console."""
+    for tag, value in metrics.items() if writer else ():
+        if not math.isnan(value):
+            writer.add_scalar(tag, value, iteration)
+    collection, learning, speed = (metrics[f"Perf/{name}"] for name in ("collection_time", "learning_time", "total_fps"))
+    steps = (iteration + 1) * args.num_envs * args.num_steps_per_env
+    eta = datetime.timedelta(seconds=round((args.max_iterations - iteration - 1) * (collection + learning)))
+    print(f"\niteration {iteration + 1}/{args.max_iterations}  {steps:,} steps  {speed:,.0f} steps/s", end="  ")
+    print(f"collect {collection:.3f} s  learn {learning:.3f} s  ETA {eta}")
+    for line in (("Train/", "Episode/", "Metrics/", "Curriculum/"), ("Loss/", "Policy/")):
+        tags = [tag for prefix in line for tag in metrics if tag.startswith(prefix)]
+        print("  " + "  ".join(f"{tag.split('/', 1)[1].removeprefix('mean_')} {metrics[tag]:.4g}" for tag in tags), flush=True)
+
+
+def experiment_dir(args: Args) -> pathlib.Path:
+    name = args.experiment_name or f"{pathlib.Path(__file__).stem}_{re.sub(r'[^A-Za-z0-9-]+', '_', args.env)}"
+    return pathlib.Path(args.log_root or "logs") / name
+
+
+def make_run_dir(args: Args, env: VecEnv) -> pathlib.Path | None:
+    """Create the run's folder with all that repeating it takes: arguments, environment, this script, the state of git."""
+    if not args.log_root:
+        return None
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
+    run_dir = experiment_dir(args) / (f"{stamp}_{args.run_name}" if args.run_name else stamp)
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.yaml").write_text(to_yaml(args))
+    (run_dir / "env.yaml").write_text(to_yaml(getattr(env, "cfg", None)))
+    shutil.copy(__file__, run_dir)
+    git = subprocess.run("git rev-parse HEAD && git diff HEAD", shell=True, cwd=pathlib.Path(__file__).resolve().parent,
+                         capture_output=True, text=True)  # fmt: skip
+    (run_dir / "git.diff").write_text(git.stdout)
+    return run_dir
+
+
+def to_yaml(value: Any) -> str:
+    def simple(x):
+        return x.to_dict() if hasattr(x, "to_dict") else dataclasses.asdict(x) if dataclasses.is_dataclass(x) else repr(x)
+
+    return yaml.safe_dump(json.loads(json.dumps(value, default=simple, skipkeys=True)), sort_keys=False)
+
+
+def make_writer(args: Args, env: VecEnv, run_dir: pathlib.Path | None):
+    """The logger's writer, or None. add_scalar is all that a writer of your own needs; it may have rsl_rl's other methods."""
+    if run_dir is None or args.logger == "none":
+        return None
+    if args.logger in ("tensorboard", "wandb"):
+        from torch.utils.tensorboard import SummaryWriter
+
+        if args.logger == "wandb":
+            import wandb
+
+            config = dataclasses.asdict(args)
+            wandb.init(project=experiment_dir(args).name, name=run_dir.name, dir=run_dir, config=config, sync_tensorboard=True)
+        return SummaryWriter(log_dir=str(run_dir))
+    writer_class = resolve(args.logger, "--logger")
+    options = {"log_dir": str(run_dir), "project_name": experiment_dir(args).name}
+    writer = writer_class(**{k: v for k, v in options.items() if k in inspect.signature(writer_class).parameters})
+    if hasattr(writer, "store_config"):
+        writer.store_config(getattr(env, "cfg", {}), dataclasses.asdict(args))
+    return writer
+
+
+def upload(path: pathlib.Path, iteration: int, args: Args, writer) -> None:
+    """Hand a checkpoint or a film to the logger, where it has a place for it."""
+    kind = "model" if path.suffix == ".pt" else "video"
+    if hasattr(writer, f"save_{kind}"):  # rsl_rl's writers
+        getattr(writer, f"save_{kind}")(path, iteration)
+    elif args.logger == "wandb" and writer:
+        import wandb
+
+        if kind == "video":
+            wandb.log({"video": wandb.Video(str(path), format="gif")})
+        elif args.upload_model:
+            wandb.log_artifact(str(path), name=f"model-{wandb.run.id}", type="model")
+    elif args.logger == "tensorboard" and writer and kind == "video":
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        image = Summary.Image(encoded_image_string=path.read_bytes())  # it plays a GIF
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="video", image=image)]), iteration)
+
+
+def resolve(spec: str, flag: str):
+    """The object that `package.module:name` names, looked for from the working directory too."""
+    module, _, name = spec.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{flag} {spec}: cannot be imported as package.module:name ({error})") from error
+    finally:
+        sys.path.pop(0)
+
+
+def save_checkpoint(path: pathlib.Path, agent: dict, iteration: int, resume: dict) -> None:
+    """Write rsl_rl's format, atomically: a kill at any instant leaves the previous file whole.
+
+    Args:
+        path: `model_<iteration>.pt`.
+        agent: modules and optimizers by name; each is saved as `<name>_state_dict`.
+        iteration: the iteration that has just been finished.
+        resume: all else that continuing takes, under one key of its own, which rsl_rl ignores.
+    """
+    state = {f"{name}_state_dict": part.state_dict() for name, part in agent.items()}
+    for optimizer in (value for value in state.values() if "param_groups" in value):
+        # A float and default flags: what rsl_rl, and any other device, can load.
+        portable = {"fused": None, "foreach": None, "capturable": False}
+        optimizer["param_groups"] = [group | portable | {"lr": float(group["lr"])} for group in optimizer["param_groups"]]
+    with open(path.with_suffix(".partial"), "wb") as file:
+        torch.save(state | {"iter": iteration, "infos": None, "resume": resume}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def load_checkpoint(path: pathlib.Path, device: torch.device) -> dict:
+    """Read a checkpoint, ours or rsl_rl's, without running code from it."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise UserError(f"--checkpoint {path}: is no whole checkpoint ({' '.join(str(error).split())[:150]})") from error
+
+
+def restore(agent: dict, checkpoint: dict, path: pathlib.Path) -> None:
+    """Copy a checkpoint into modules and optimizers, in place, so that a captured graph stays valid."""
+    for name, part in agent.items():
+        if f"{name}_state_dict" not in checkpoint:
+            raise UserError(f"--checkpoint {path}: has no {name}_state_dict; it holds {', '.join(map(str, checkpoint))}")
+        state = checkpoint[f"{name}_state_dict"]
+        if isinstance(part, nn.Module):
+            try:
+                part.load_state_dict(state)
+            except RuntimeError as error:
+                raise UserError(f"--checkpoint {path}: {name} differs: {' '.join(str(error).split())}") from error
+            continue
+        for group, saved in zip(part.param_groups, state["param_groups"]):
+            group["lr"].fill_(float(saved["lr"]))
+            for parameter, index in zip(group["params"], saved["params"]):
+                for key, value in state["state"].get(index, {}).items():
+                    part.state[parameter][key].copy_(value)
+
+
+def find_checkpoint(args: Args) -> pathlib.Path:
+    """The checkpoint that --checkpoint, --load-run and --wandb-run-path name; left out: the newest of the experiment."""
+    if args.wandb_run_path:
+        return download_checkpoint(args)
+    if args.checkpoint and ("/" in args.checkpoint or pathlib.Path(args.checkpoint).exists()):
+        if not pathlib.Path(args.checkpoint).is_file():
+            raise UserError(f"--checkpoint {args.checkpoint}: there is no such file")
+        return pathlib.Path(args.checkpoint)
+    wanted = args.checkpoint or r"model_\d+\.pt"
+    runs = [run for run in sorted(experiment_dir(args).glob("*")) if re.fullmatch(args.load_run, run.name)]
+    files = [[file for file in run.glob("model_*.pt") if re.fullmatch(wanted, file.name)] for run in runs]
+    if not any(files):
+        searched = f"--load-run {args.load_run} --checkpoint {wanted}"
+        raise UserError(f"{searched}: nothing in {experiment_dir(args)} matches; --checkpoint also takes a path")
+    return max([found for found in files if found][-1], key=iteration_of)
+
+
+def iteration_of(file) -> int:
+    return int(re.findall(r"\d+", file.name)[-1])
+
+
+def download_checkpoint(args: Args) -> pathlib.Path:
+    """The newest checkpoint of a W&B run: an artifact of ours, or a file that rsl_rl uploaded."""
+    import wandb
+
+    try:
+        run = wandb.Api().run(args.wandb_run_path)
+    except Exception as error:
+        raise UserError(f"--wandb-run-path {args.wandb_run_path}: cannot be opened as entity/project/run ({error})") from error
+    folder = experiment_dir(args) / f"wandb_{run.id}"
+    for artifact in reversed([a for a in run.logged_artifacts() if a.type == "model"]):
+        return max(pathlib.Path(artifact.download(root=str(folder))).glob("model_*.pt"), key=iteration_of)
+    files = [file for file in run.files() if re.fullmatch(r"model_\d+\.pt", file.name)]
+    if not files:
+        raise UserError(f"--wandb-run-path {args.wandb_run_path}: this run has no checkpoint")
+    return pathlib.Path(max(files, key=iteration_of).download(root=str(folder), replace=True).name)
+
+
+class Policy(nn.Module):
+    """The student without noise, observations (B, O) and images (B, C, H, W) -> actions (B, A), with its memory."""
+
+    def __init__(self, student: Model):
+        super().__init__()
+        self.obs_normalizer, self.mlp, self.distribution = student.obs_normalizer, student.mlp, student.distribution
+        self.shapes, self.dtypes = student.shapes, student.dtypes
+        self.cnns, self.rnn, self.state_size = student.cnns, student.rnn, student.state_size
+        self.register_buffer("state", student.mlp[0].weight.new_zeros(1, student.state_size))
+
+    def forward(self, obs: torch.Tensor, images: list[torch.Tensor] | None = None) -> torch.Tensor:
+        if len(self.state) != len(obs):  # another number of robots: all start afresh
+            self.state = self.state.new_zeros(len(obs), self.state_size)
+        actions, state = self.step(obs, [] if images is None else images, self.state)
+        self.state = state.detach()
+        return actions
+
+    def step(self, obs: torch.Tensor, images: list[torch.Tensor], state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Without touching the memory inside: observations and state (B, S) -> actions (B, A) and the next state."""
+        features = [self.obs_normalizer(obs)]
+        for index, cnn in enumerate(self.cnns.values()):
+            features.append(cnn(images[index]))
+        latent = torch.cat(features, dim=-1)
+        if self.rnn is not None:
+            latent, state = self.rnn(latent, state)
+        return self.distribution.deterministic(self.mlp(latent)), state
+
+    @torch.jit.export
+    def reset(self, dones: torch.Tensor | None = None) -> None:
+        """Forget: everything, or where dones (B,)."""
+        if dones is None:
+            self.state = torch.zeros_like(self.state)
+        else:
+            self.state = self.state.masked_fill(dones.unsqueeze(-1) > 0, 0.0)
+
+
+class OnnxPolicy(Policy):
+    """The policy with its memory outside: obs (B, O), images, h_in[, c_in] (L, B, H) -> actions (B, A), h_out[, c_out]."""
+
+    def forward(self, obs: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        images, hidden = inputs[: len(self.cnns)], inputs[len(self.cnns) :]
+        if self.rnn is None:
+            return (self.step(obs, images, self.state)[0],)
+        actions, state = self.step(obs, images, self.rnn.join(torch.stack(hidden)))
+        return actions, *self.rnn.split(state).unbind()
+
+
+class LoadedPolicy:
+    """A policy for use in any program: from observations to actions (B, A), without gradients."""
+
+    def __init__(self, student: Model, groups: tuple[str, ...]):
+        self.student, self.groups = student, groups
+        self.module = copy.deepcopy(Policy(student)).eval()  # a copy: the student itself may go on training
+
+    @torch.no_grad()
+    def __call__(self, obs: TensorDict | torch.Tensor) -> torch.Tensor:
+        """obs: a TensorDict (or dict) of groups, (B, ...) each, or the student's 1-D groups concatenated, (B, O)."""
+        if torch.is_tensor(obs):
+            return self.module(obs)
+        if not self.student.images:
+            groups = self.groups or first_group(obs, "student", "actor", "policy", "state")
+            return self.module(torch.cat([obs[group] for group in groups], dim=-1))
+        return self.module(self.student.concatenate(obs), [obs[group] for group in self.student.images])
+
+    def reset(self, dones: torch.Tensor | None = None) -> None:
+        """Tell the policy which environments (B,) start a new episode; None: all."""
+        self.module.reset(dones)
+
+
+def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", args: Args | None = None) -> LoadedPolicy:
+    """Load a checkpoint's student, of this script or of rsl_rl, with the layer sizes that its tensors have.
+
+    Args:
+        path: the checkpoint.
+        device: where to run it.
+        args: the settings it was trained with. A checkpoint of ours brings them along; a foreign one needs them where
+            activation, distribution or observation groups are not the defaults.
+    """
+    checkpoint = load_checkpoint(pathlib.Path(path), torch.device(device))
+    state, args, shapes = read_policy(f"--checkpoint {path}", checkpoint, args or Args())
+    layers = [value for key, value in state.items() if re.fullmatch(r"mlp\.\d+\.weight", key)]
+    first, outputs = state.get("rnn.rnn.weight_ih_l0", layers[0]), 1 if args.distribution == "gaussian" else 2
+    student = Model(shapes or {"obs": (first.shape[1],)}, layers[-1].shape[0] // outputs, args)
+    student.dtypes = {group: checkpoint["resume"]["obs"][group].dtype for group in student.images}
+    restore({"student": student.to(device)}, {"student_state_dict": state}, pathlib.Path(path))
+    return LoadedPolicy(student, tuple(shapes) or args.student_obs)
+
+
+def export_policy(policy: Policy, folder: pathlib.Path) -> None:
+    """Write policy.onnx (opset 18, normaliser inside; `obs`, each image, `h_in`[, `c_in`] -> `actions`, `h_out`[, `c_out`]) and
+    policy.pt (TorchScript, which remembers; reset() forgets); check both over 50 steps with a reset in the middle."""
+    import onnxruntime
+
+    folder.mkdir(parents=True, exist_ok=True)
+    policy = copy.deepcopy(policy).to("cpu", torch.float32).eval()
+    obs = torch.randn(50, 16, sum(shape[0] for shape in policy.shapes.values() if len(shape) == 1))  # (steps, B, O)
+    highest = {group: 255.0 if dtype == torch.uint8 else 1.0 for group, dtype in policy.dtypes.items()}
+    images = {g: (highest[g] * torch.rand(50, 16, *policy.shapes[g])).to(dtype) for g, dtype in policy.dtypes.items()}
+    start = policy.rnn.split(torch.zeros(16, policy.state_size)) if policy.rnn else torch.zeros(0)  # (2 or 1, L, B, H)
+    states, next_states = ["h_in", "c_in"][: len(start)], ["h_out", "c_out"][: len(start)]
+    policy(obs[0], [image[0] for image in images.values()])
+    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+        warnings.simplefilter("ignore")
+        batch = torch.export.Dim("batch")
+        names = dict(input_names=["obs", *images, *states], output_names=["actions", *next_states])
+        shapes = (*({0: batch} for _ in images), *({1: batch} for _ in states))
+        names["dynamic_shapes"] = ({0: batch}, shapes) if shapes else ({0: batch},)
+        example = (obs[0], *(image[0] for image in images.values()), *start)
+        options = dict(opset_version=18, dynamo=True, external_data=False)
+        torch.onnx.export(OnnxPolicy(policy), example, folder / "policy.onnx", **options, **names)
+        policy.reset()
+        torch.jit.script(policy).save(str(folder / "policy.pt"))
+    session = onnxruntime.InferenceSession(folder / "policy.onnx", providers=["CPUExecutionProvider"])
+    script = torch.jit.load(folder / "policy.pt")
+    expected, outputs = [], {"policy.onnx": [], "policy.pt": []}
+    for step, x in enumerate(obs):
+        if step % 25 == 0:
+            hidden = start.numpy()
+            policy.reset()
+            script.reset()
+        seen = {group: image[step] for group, image in images.items()}
+        expected.append(policy(x, list(seen.values())))
+        inputs = {name: value.numpy() for name, value in ({"obs": x} | seen).items()}
+        actions, *hidden = session.run(None, inputs | dict(zip(states, hidden)))
+        outputs["policy.onnx"].append(torch.as_tensor(actions))
+        outputs["policy.pt"].append(script(x, list(seen.values())))
+    for name, actions in outputs.items():
+        difference = (torch.stack(actions) - torch.stack(expected)).abs().max().item()
+        print(f"exported {folder / name}, which differs from the model by at most {difference:.1e}")
+        if difference > 1e-4:
+            raise RuntimeError(f"{folder / name} differs from the model by {difference:.1e}")
+
+
+# ---- Play -----------------------------------------------------------------------------------------------------------
+
+
+def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
+    """Run a policy for one episode per environment; print its returns and errors, write a film and a tracking plot.
+
+    Returns:
+        Means over the episodes: `return`, `episode_length` [env steps], what the environment logs for each of its copies as
+        `Metrics/...` (over the episode) and as `Episode/...` (at its end).
+    """
+    check_args(args)
+    device = resolve_device(args)
+    set_up_torch(args, device)
+    path = find_checkpoint(args) if args.agent == "policy" else experiment_dir(args) / f"{args.agent}.pt"
+    options = {"play": True} if args.terminations else {"play": True, "terminations": False}
+    env = env or make_env(dataclasses.replace(args, num_envs=args.play_envs), device, **options)
+    if args.agent == "policy":
+        policy = load_policy(path, device, args)
+    else:
+        size, scale = (env.num_envs, env.num_actions), float(args.agent == "random")
+        policy = lambda obs: scale * (2.0 * torch.rand(size, device=device) - 1.0)  # noqa: E731
+    if args.viewer:
+        if not hasattr(env, "view"):
+            raise UserError(f"--viewer: {args.env} has no viewer of its own; without the flag a film is written")
+        return env.view(policy)
+    print(f"playing {path.stem} on {args.env}")
+    results = roll_out(env, policy, device, args, film=path.parent / f"play_{path.stem}")
+    for index in range(env.num_envs):
+        print(f"episode {index + 1:2d}" + "".join(f"  {name.split('/')[-1]} {x[index]:.3f}" for name, x in results.items()))
+    means = {name: sum(x) / len(x) for name, x in results.items()}
+    print("mean      " + "".join(f"  {name.split('/')[-1]} {x:.3f}" for name, x in means.items()))
+    return means
+
+
+@torch.no_grad()
+def roll_out(env: VecEnv, policy, device: torch.device, args: Args, film: pathlib.Path) -> dict[str, list[float]]:
+    """One episode in every environment: return, length, mean `Metrics/...`, last `Episode/...`; writes `<film>.gif`, `.png`."""
+    obs, frames, tracked, totals = env.get_observations().to(device), [], [], {}
+    running = torch.ones(env.num_envs, dtype=torch.bool, device=device)
+    frame_interval = max(1, round(0.06 / getattr(env, "step_dt", 0.06)))  # about 16 pictures per second
+    for step in range(int(torch.as_tensor(env.max_episode_length).max())):
+        if hasattr(env, "render") and step % frame_interval == 0 and len(frames) < 160 and running[0]:
+            frames.append(Image.fromarray(env.render()).quantize(64, method=Image.Quantize.FASTOCTREE))
+        actions = policy(obs) if args.clip_actions is None else policy(obs).clamp(-args.clip_actions, args.clip_actions)
+        obs, rewards, dones, extras = env.step(actions.to(env.device))
+        obs = obs.to(device)
+        values = {name: x for name, x in (extras.get("log") or {}).items() if getattr(x, "shape", None) == running.shape}
+        for name, value in (values | {"return": rewards, "episode_length": torch.ones_like(rewards)}).items():
+            value = value.to(device)
+            if name.startswith("Episode/"):  # what counts is how the episode ended; the rest is summed up
+                totals[name] = torch.where(running, value, totals.get(name, value))
+            elif name.startswith("Metrics/") or name in ("return", "episode_length"):
+                totals[name] = totals.get(name, 0.0) + torch.where(running, value, 0.0)
+        if hasattr(policy, "reset"):  # the zero and random agents have nothing to forget
+            policy.reset(dones.to(device))
+        running &= ~dones.to(device).bool()
+        if hasattr(env, "tracking") and running[0]:
+            tracked.append({name: pair[0].tolist() for name, pair in env.tracking().items()})
+        if not running.any():
+            break
+    film.parent.mkdir(parents=True, exist_ok=True)
+    if frames:
+        duration = round(1000 * frame_interval * getattr(env, "step_dt", 0.06))  # ms
+        frames[0].save(f"{film}.gif", save_all=True, append_images=frames[1:], duration=duration, loop=0)
+        print(f"wrote {film}.gif")
+    if tracked:
+        plot_tracking(tracked, getattr(env, "step_dt", 1.0), f"{film}.png")
+    lengths = totals["episode_length"]
+    return {name: (x / lengths if name.startswith("Metrics/") else x).tolist() for name, x in totals.items()}
+
+
+def plot_tracking(tracked: list[dict[str, list[float]]], step_dt: float, path: str) -> None:
+    """Commanded against actual value of every tracked quantity of environment 0, over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2 * len(tracked[0])), layout="tight")
+    axes = figure.subplots(len(tracked[0]), 1, sharex=True, squeeze=False)[:, 0]
+    times = [step_dt * (step + 1) for step in range(len(tracked))]
+    for axis, name in zip(axes, tracked[0]):
+        axis.plot(times, [pairs[name][1] for pairs in tracked], color="#d9480f", linewidth=1.2, label="actual")
+        axis.plot(times, [pairs[name][0] for pairs in tracked], color="#1864ab", linestyle="--", label="commanded")
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    axes[0].legend(loc="upper right", ncols=2, frameon=False)
+    axes[-1].set_xlabel("time [s]")
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+# ---- Ranks ----------------------------------------------------------------------------------------------------------
+
+
+def join_ranks(args: Args) -> Args:
+    """Under torchrun: join the other ranks. Each has random streams of its own; rank 0 alone prints, logs and saves."""
+    if "RANK" not in os.environ:
+        return args
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    rank = dist.get_rank()
+    if rank == 0:
+        return args
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return dataclasses.replace(args, seed=args.seed + 10_000 * rank, log_root="", video_interval=0)
+
+
+def average(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean of a tensor over all ranks: one collective, on the device."""
+    share = tensor / dist.get_world_size()
+    dist.all_reduce(share)
+    return share
+
+
+def average_gradients(optimizer) -> None:
+    """Replace all gradients by their means over the ranks, in one collective."""
+    if dist.is_initialized():
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        means = average(torch.cat([grad.flatten() for grad in grads])).split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [mean.view_as(grad) for mean, grad in zip(means, grads)])
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether a flag is raised on any rank, so that all of them stop together."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(float(flag))
+    dist.all_reduce(flags)
+    return flags.item() > 0
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def resolve_device(args: Args) -> torch.device:
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
+
+
+def set_up_torch(args: Args, device: torch.device) -> None:
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision(args.float32_matmul_precision)
+    torch.backends.cudnn.allow_tf32 = args.float32_matmul_precision != "highest"
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and max(args.student_hidden_dims) < 256:
+        torch.set_num_threads(1)  # threads that wait for each other after every small operation cost more than they bring
+
+
+def make_env(args: Args, device: torch.device, **options) -> VecEnv:
+    """The environment that --env names: a user's own `package.module:factory`, else one of this project's."""
+    settings = dict(num_envs=args.num_envs, device=str(device), seed=args.seed) | options
+    prefix, _, name = args.env.partition(":")
+    if name and prefix not in ("mjlab", "gym", "envpool", "playground", "genesis", "isaaclab"):
+        factory = resolve(args.env, "--env")
+        return factory(**{k: v for k, v in settings.items() if k in inspect.signature(factory).parameters})
+    try:
+        from envs import make
+
+        return make(args.env, **settings)
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collect Ctrl-C, and the SIGTERM that announces a cluster's pre-emption: training ends after the running iteration."""
+    received = []
+    try:
+        handlers = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread, so the caller handles signals
+        handlers = {}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def tensors_of(agent: dict) -> list[torch.Tensor]:
+    """Every tensor that an update changes: weights, statistics, optimizer state, learning rate."""
+    modules = [part for part in agent.values() if isinstance(part, nn.Module)]
+    tensors = [x.detach() for module in modules for x in (*module.parameters(), *module.buffers())]
+    for optimizer in (part for part in agent.values() if isinstance(part, torch.optim.Optimizer)):
+        tensors += [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+        tensors += [group["lr"] for group in optimizer.param_groups]
+    return tensors
+
+
+def resume_state(args: Args, env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict) -> dict:
+    """What rsl_rl's format has no place for: settings, random streams, the environment and its running episodes."""
+    student, teacher = agent["student"], agent["teacher"]
+    teachers = list(teacher) if isinstance(teacher, Experts) else [teacher]
+    return {
+        "args": dataclasses.asdict(args),
+        "student_shapes": student.shapes,
+        "teachers": [{"args": dataclasses.asdict(model.args), "actor_shapes": model.shapes} for model in teachers],
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if storage.device.type == "cuda" else None,
+        "env": env.state_dict() if hasattr(env, "state_dict") else None,
+        "obs": storage["obs"][-1].clone().to_dict(),
+        "state": storage["state"][-1].clone().to_dict(),
+        "teacher_acts": storage["teacher_acts"][-1].clone(),
+        "episodes": episodes.clone().to_dict(),
+    }
+
+
+def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: TensorDict) -> None:
+    if not resume:
+        return print("this checkpoint holds no random streams and no environment state (rsl_rl's do not): they start afresh")
+    torch.set_rng_state(resume["rng"].cpu())
+    if resume["cuda_rng"] is not None and storage.device.type == "cuda":
+        torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
+    if resume["env"] is None or resume["args"]["num_envs"] != env.num_envs:
+        return print("the environment starts afresh: it cannot restore its state, or has another number of environments")
+    env.load_state_dict(resume["env"])
+    storage["obs"][-1].update_(TensorDict(resume["obs"]))
+    storage["state"][-1].update_(TensorDict(resume["state"]))
+    storage["teacher_acts"][-1].copy_(resume["teacher_acts"])
+    episodes.update_(TensorDict(resume["episodes"]))
+
+
+def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
+    """Distil from scratch, or from where a checkpoint ends.
+
+    Args:
+        args: all settings.
+        env: an environment with the protocol's attributes; left out, `args.env` is built.
+
+    Returns:
+        One dict of metrics per iteration, keyed by log tags (`Loss/behavior`, `Train/mean_reward`, ...).
+    """
+    check_args(args)
+    path = find_checkpoint(args) if args.resume else None
+    args = join_ranks(args)
+    device = resolve_device(args)
+    set_up_torch(args, device)
+    checkpoint = load_checkpoint(path, device) if path else {}
+    env = env or make_env(args, device)
+    args = dataclasses.replace(args, num_envs=env.num_envs)
+    obs = env.get_observations().to(device)
+    student = make_student(obs, env.num_actions, args)
+    teacher = make_teacher(read_teachers(args, checkpoint, device), student, obs, env.num_actions, args)
+    optimizer = make_optimizer(student.parameters(), args)
+    agent = {"student": student, "teacher": teacher, "optimizer": optimizer}
+    if args.init_at_random_ep_len:
+        env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=int(env.max_episode_length))
+    storage = make_storage(obs, env.num_actions, student, teacher, args)
+    episodes = make_episodes(args, device)
+    start = checkpoint["iter"] + 1 if path else 0
+    storage["beta"][-1].fill_(args.beta * args.beta_decay**start)
+    if args.beta:
+        draw_who_acts(storage[-1], torch.ones_like(storage["teacher_acts"][-1]))
+    if path:
+        restore({"student": student, "optimizer": optimizer}, checkpoint, path)
+        own = not dist.is_initialized() or dist.get_rank() == 0  # the other ranks' environments start afresh
+        load_resume_state(checkpoint.get("resume", {}) if own else {}, env, storage, episodes)
+        print(f"resuming {path} after its {start} iterations")
+        if start >= args.max_iterations:
+            raise UserError(f"--max-iterations {args.max_iterations}: the checkpoint has finished {start} already")
+    for tensor in tensors_of(agent) if dist.is_initialized() else ():
+        dist.broadcast(tensor, src=0)
+    run_dir = make_run_dir(args, env)
+    writer = make_writer(args, env, run_dir)
+
+    backup = [tensor.clone() for tensor in tensors_of(agent)]
+    loss_fn = torch.compile(behavior_loss) if args.compile else behavior_loss
+    graphs = args.cuda_graphs and device.type == "cuda"
+    whole = graphs and getattr(env, "capturable", False)  # else each policy step is a graph, and env.step runs outside
+    act_rows = [CudaGraph(act, student, teacher, row, enabled=graphs and not whole) for row in storage.unbind(0)[:-1]]
+    generators = [env.generator] if whole else []
+    run_collect = CudaGraph(collect, env, storage, episodes, act_rows, args, enabled=whole, generators=generators)
+    run_update = CudaGraph(update, student, optimizer, storage, loss_fn, args, enabled=graphs)
+
+    history = []
+    with stop_signals() as stop:
+        for iteration in range(start, args.max_iterations):
+            times = [timestamp(device)]
+            metrics = run_collect()
+            times.append(timestamp(device))
+            torch._foreach_copy_(backup, tensors_of(agent))
+            metrics = metrics | run_update()
+            times.append(timestamp(device))
+            metrics = fetch(metrics)
+            if any_rank(not all(value for name, value in metrics.items() if name.startswith("finite/"))):
+                torch._foreach_copy_(tensors_of(agent), backup)
+                raise FloatingPointError(describe_nan(metrics, iteration, storage, run_dir))
+            history.append(summarize(metrics, times, args))
+            log_iteration(history[-1], iteration, args, writer)
+            last = any_rank(bool(stop)) or iteration == args.max_iterations - 1
+            if run_dir and (last or iteration % args.save_interval == 0):
+                resume = resume_state(args, env, agent, storage, episodes)
+                save_checkpoint(run_dir / f"model_{iteration}.pt", agent, iteration, resume)
+                upload(run_dir / f"model_{iteration}.pt", iteration, args, writer)
+            if run_dir and args.video_interval and (last or iteration % args.video_interval == 0):
+                film_env = make_env(dataclasses.replace(args, num_envs=1), device, play=True)
+                policy = LoadedPolicy(student, tuple(student.shapes))
+                roll_out(film_env, policy, device, args, film=run_dir / f"video_{iteration}")
+                upload(run_dir / f"video_{iteration}.gif", iteration, args, writer)
+            if last:
+                break
+    if run_dir:
+        export_policy(Policy(student), run_dir / "exported")
+    close(env, writer, args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return history
+
+
+def close(env: VecEnv, writer, args: Args) -> None:
+    for end in (getattr(env, "close", None), getattr(writer, "stop", None) or getattr(writer, "close", None)):
+        if end:
+            end()
+    if args.logger == "wandb" and writer:
+        import wandb
+
+        wandb.finish()
+
+
+def parse_args() -> Args:
+    """The command line, over what the environment recommends of itself and the networks; those that apply are printed."""
+    tuned, first = {}, tyro.cli(Args, args=[x for x in sys.argv[1:] if x not in ("-h", "--help")])
+    if first.env_defaults:
+        with contextlib.suppress(ImportError):  # a copied script has no `envs` beside it
+            from envs import defaults
+
+            for name, value in defaults(first.env).items():  # the others are meant for PPO
+                name = name.replace("actor_", "student_")
+                if name in ("num_envs", "clip_actions", "activation", "student_hidden_dims") or name.startswith("cnn_"):
+                    tuned[name] = value
+    args = tyro.cli(Args, default=Args(env=first.env, **tuned), description=__doc__.split("\n\n")[0])
+    kept = [f"{name}={value}" for name, value in tuned.items() if getattr(args, name) == value]
+    print(f"settings that {args.env} recommends (--no-env-defaults: none): {' '.join(kept)}" if kept else "", end="\n")
+    return args
+
+
+def main() -> None:
+    try:
+        args = parse_args()
+        if args.play:
+            play(args)
+        elif args.export:
+            path = find_checkpoint(args)
+            export_policy(load_policy(path, args=args).module, path.parent / "exported")
+        else:
+            train(args)
+    except (UserError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
