@@ -212,7 +212,8 @@ class Args:
     load_run: str = ".*"
     """Which run to load: a regular expression of its folder's name; of several the newest."""
     checkpoint: str = ""
-    """Which checkpoint to load: a path, or a regular expression of a file in the run; left out: the newest."""
+    """Checkpoint to play, export, resume, or (without --resume) start a new run's actor from: a path, or a regular expression
+    of a file in the run; left out: the newest."""
     wandb_run_path: str = ""
     """Load the checkpoint from this W&B run, `entity/project/run`."""
     play: bool = False
@@ -1415,6 +1416,14 @@ def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: 
     episodes.update_(TensorDict(resume["episodes"]))
 
 
+def start_from_policy(actor: Model, path: pathlib.Path, device: torch.device) -> None:
+    """Give a new run's actor the weights of a checkpoint's policy, or of its student: PPO then fine-tunes it."""
+    checkpoint = load_checkpoint(path, device)
+    states = [checkpoint[name] for name in ("student_state_dict", "actor_state_dict") if name in checkpoint]
+    restore({"actor": actor}, {"actor_state_dict": states[0]} if states else checkpoint, path)
+    print(f"starting from the policy of {path}")
+
+
 def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     """Train from scratch, or from where a checkpoint ends.
 
@@ -1453,6 +1462,8 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
         print(f"resuming {path} after its {start} iterations")
         if start >= args.max_iterations:
             raise UserError(f"--max-iterations {args.max_iterations}: the checkpoint has finished {start} already")
+    elif args.checkpoint or args.wandb_run_path:
+        start_from_policy(actor, find_checkpoint(args), device)
     run_dir = make_run_dir(args, env)
     writer = make_writer(args, env, run_dir)
 

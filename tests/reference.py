@@ -90,7 +90,9 @@ def add_rnd(config: dict, args: Any, env: Any) -> None:
 
 def add_symmetry(config: dict, args: Any, env: Any) -> None:
     names = ("use_data_augmentation", "use_mirror_loss", "mirror_loss_coeff")
-    config["algorithm"]["symmetry_cfg"] = {name: getattr(args, name) for name in names} | {"data_augmentation_func": env.symmetry}
+    config["algorithm"]["symmetry_cfg"] = {name: getattr(args, name) for name in names} | {
+        "data_augmentation_func": env.symmetry
+    }
 
 
 def make_runner(args: Any, env: Any, log_dir: str | None = None, config: dict | None = None, device: str = "cpu"):

@@ -1,5 +1,6 @@
 """distill_dagger.py: equal to rsl_rl's Distillation; its memories, teachers, mixing, ranks, files; and what becomes of a student."""
 
+import copy
 import dataclasses
 import inspect
 import os
@@ -434,25 +435,21 @@ def test_student_is_an_actor_of_ppo(script, settings, no_export, monkeypatch):
     module.train(args, make_env(args))
     checkpoint = module.find_teacher("runs")
     student = torch.load(checkpoint, weights_only=True)["student_state_dict"]
-    make_models, seen = script.make_models, []
-
-    def with_student(*arguments):
-        actor, critic = make_models(*arguments)
-        script.restore({"actor": actor}, {"actor_state_dict": student}, checkpoint)
-        seen.append(actor)
-        return actor, critic
-
-    monkeypatch.setattr(script, "make_models", with_student)
     tuning = script.Args(
-        **(TEACHER | settings | dict(actor_obs=("policy",), actor_hidden_dims=(16,), max_iterations=3, log_root=""))
+        **(TEACHER | settings | dict(actor_obs=("policy",), actor_hidden_dims=(16,), max_iterations=3, log_root="")),
+        checkpoint=str(checkpoint),
     )
-    obs = make_env(args).get_observations()
-    expected = module.load_policy(checkpoint)(obs)
-    actor, _ = with_student(obs, 2, tuning)
-    policy = script.LoadedPolicy(actor, ("policy",))
-    torch.testing.assert_close(policy(obs), expected, rtol=0, atol=1e-6)
+    obs, seen, start_from_policy = make_env(args).get_observations(), [], script.start_from_policy
+
+    def watched(actor, *rest):
+        start_from_policy(actor, *rest)
+        policy = script.LoadedPolicy(copy.deepcopy(actor), ("policy",))
+        torch.testing.assert_close(policy(obs), module.load_policy(checkpoint)(obs), rtol=0, atol=1e-6)
+        seen.append(actor)
+
+    monkeypatch.setattr(script, "start_from_policy", watched)
     history = script.train(tuning, make_env(args))
-    assert len(history) == 3 and not torch.equal(seen[-1].mlp[0].weight, student["mlp.0.weight"])
+    assert len(history) == 3 and len(seen) == 1 and not torch.equal(seen[0].mlp[0].weight, student["mlp.0.weight"])
 
 
 def test_nan_stops_the_run(no_export):

@@ -8,9 +8,10 @@ import copy
 import shutil
 
 import cases
-import ppo_continuous as module
 import pytest
 import torch
+
+import ppo_continuous as module
 from envs import make
 
 

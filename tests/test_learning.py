@@ -1,7 +1,8 @@
 """It learns: a short run reaches a reward that an untrained policy, or a broken gradient, does not come near."""
 
-import ppo_continuous as module
 import pytest
+
+import ppo_continuous as module
 from envs import make
 
 

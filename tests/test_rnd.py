@@ -5,12 +5,13 @@ import re
 
 import cases
 import instruments
-import ppo_rnd as module
 import pytest
 import reference
 import torch
-from envs import make
 from tensordict import TensorDict
+
+import ppo_rnd as module
+from envs import make
 
 SMALL = cases.SMALL | dict(num_envs=32, actor_hidden_dims=(16,), critic_hidden_dims=(16,), rnd_weight=3.3)
 SMALL |= dict(rnd_predictor_hidden_dims=(16, 8), rnd_target_hidden_dims=(24,), rnd_num_outputs=5)
@@ -26,7 +27,9 @@ PARITY = {  # environment, settings
 
 
 def args_of(**settings):
-    return module.Args(**(SMALL | dict(env="navigation-maze", rnd_obs=("rnd",), timeout_bootstrap="final_obs") | BOTH | settings))
+    return module.Args(
+        **(SMALL | dict(env="navigation-maze", rnd_obs=("rnd",), timeout_bootstrap="final_obs") | BOTH | settings)
+    )
 
 
 def numbers(history):
@@ -149,7 +152,9 @@ def test_step_dt_of_a_wrapped_environment(capsys):
 def test_novelty_of_a_finished_episode_is_that_of_its_last_state(mode):
     """Environment 1 is done: its last state counts, not the next episode's first; a running one's final_obs may be anything."""
     env = make("navigation-maze", 4)
-    args, rnd = make_rnd(env, timeout_bootstrap="reference" if mode == "reference" else "final_obs", **dict.fromkeys(BOTH, False))
+    args, rnd = make_rnd(
+        env, timeout_bootstrap="reference" if mode == "reference" else "final_obs", **dict.fromkeys(BOTH, False)
+    )
     obs = lambda x: TensorDict({"rnd": x}, batch_size=[4])  # noqa: E731
     following, last = torch.randn(4, 2), torch.full((4, 2), torch.nan)
     last[1] = torch.tensor([7.0, -3.0])

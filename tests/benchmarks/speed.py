@@ -60,7 +60,9 @@ def make_args(settings: Settings):
     names = ("env", "num_envs", "compile", "device", "float32_matmul_precision", "timeout_bootstrap")
     same = {name: getattr(settings, name) for name in names}
     dims = dict(actor_hidden_dims=settings.hidden_dims, critic_hidden_dims=settings.hidden_dims)
-    args = ppo_continuous.Args(max_iterations=settings.iterations, actor_obs=("policy",), critic_obs=critic, log_root="", **same, **dims)
+    args = ppo_continuous.Args(
+        max_iterations=settings.iterations, actor_obs=("policy",), critic_obs=critic, log_root="", **same, **dims
+    )
     return dataclasses.replace(args, num_threads=settings.threads)
 
 
@@ -128,8 +130,9 @@ def compare(settings: Settings) -> dict:
 def count(settings: Settings) -> dict:
     """ATen calls of one update divided by its mini-batches; views left out, a foreach call is one (tests/instruments.py)."""
     import instruments
-    import ppo_continuous
     import reference
+
+    import ppo_continuous
     from envs import make
 
     args = dataclasses.replace(make_args(settings), max_iterations=2, num_envs=64)
@@ -167,7 +170,9 @@ def main(settings: Settings) -> None:
             print(f"{name:24s} {entry['kernels']:6.1f} kernels per mini-batch   {entry['waits']:4d} waits per update")
     else:
         figures = compare(settings)
-        print(f"{settings.env}, {settings.num_envs} environments, {settings.hidden_dims}, {settings.threads} threads, {settings.device}")
+        print(
+            f"{settings.env}, {settings.num_envs} environments, {settings.hidden_dims}, {settings.threads} threads, {settings.device}"
+        )
         for part, entry in figures.items():
             times = f"rsl_rl {entry['rsl_rl'] * 1e3:8.1f} ms   ours {entry['ours'] * 1e3:8.1f} ms"
             print(f"{part:12s} {times}   ratio {entry['ratio']:.2f} ({entry['low']:.2f} to {entry['high']:.2f})")
