@@ -940,7 +940,10 @@ def make_writer(args: Args, env: VecEnv, run_dir: pathlib.Path | None):
     options = {"log_dir": str(run_dir), "project_name": experiment_dir(args).name}
     writer = writer_class(**{k: v for k, v in options.items() if k in inspect.signature(writer_class).parameters})
     if hasattr(writer, "store_config"):
-        writer.store_config(getattr(env, "cfg", {}), dataclasses.asdict(args))
+        cfg = getattr(env, "cfg", None) or {}
+        if isinstance(cfg, dict):  # rsl_rl's writers take a dataclass, or what has to_dict()
+            cfg = dataclasses.make_dataclass("Config", cfg)(**cfg)
+        writer.store_config(cfg, dataclasses.asdict(args))
     return writer
 
 
@@ -948,7 +951,7 @@ def upload(path: pathlib.Path, iteration: int, args: Args, writer) -> None:
     """Hand a checkpoint or a film to the logger, where it has a place for it."""
     kind = "model" if path.suffix == ".pt" else "video"
     if hasattr(writer, f"save_{kind}"):  # rsl_rl's writers
-        getattr(writer, f"save_{kind}")(path, iteration)
+        getattr(writer, f"save_{kind}")(path if kind == "video" else str(path), iteration)
     elif args.logger == "wandb" and writer:
         import wandb
 
@@ -1369,7 +1372,7 @@ def distributed(train):
                 if rank:  # a new connection: where the link is cut the old one waits for ever
                     next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=5)))
                 room.set(f"here {rank}", "")
-                time.sleep((5.0 if rank else 7.0) * lost)  # let all call in; with rank 0, which leaves last, the store may go
+                time.sleep((9.0 if rank else 12.0) * lost)  # let all call in; with rank 0, which leaves last, the store may go
                 missing = ", ".join(str(r) for r in range(world_size) if lost and not room.check([f"here {r}"]))
                 own = f"rank {missing} does not answer" if lost else f"rank {rank} stopped: {type(error).__name__}: {error}"
                 fault = room.compare_set("fault", "", own).decode()

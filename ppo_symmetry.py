@@ -993,7 +993,10 @@ def make_writer(args: Args, env: VecEnv, run_dir: pathlib.Path | None):
     options = {"log_dir": str(run_dir), "project_name": experiment_dir(args).name}
     writer = writer_class(**{k: v for k, v in options.items() if k in inspect.signature(writer_class).parameters})
     if hasattr(writer, "store_config"):
-        writer.store_config(getattr(env, "cfg", {}), dataclasses.asdict(args))
+        cfg = getattr(env, "cfg", None) or {}
+        if isinstance(cfg, dict):  # rsl_rl's writers take a dataclass, or what has to_dict()
+            cfg = dataclasses.make_dataclass("Config", cfg)(**cfg)
+        writer.store_config(cfg, dataclasses.asdict(args))
     return writer
 
 
@@ -1001,7 +1004,7 @@ def upload(path: pathlib.Path, iteration: int, args: Args, writer) -> None:
     """Hand a checkpoint or a film to the logger, where it has a place for it."""
     kind = "model" if path.suffix == ".pt" else "video"
     if hasattr(writer, f"save_{kind}"):  # rsl_rl's writers
-        getattr(writer, f"save_{kind}")(path, iteration)
+        getattr(writer, f"save_{kind}")(path if kind == "video" else str(path), iteration)
     elif args.logger == "wandb" and writer:
         import wandb
 
