@@ -195,7 +195,11 @@ def test_every_rank_names_the_one_that_failed(name, tmp_path):
     for process in processes:
         process.kill()
     for code, _, errors in results:
-        assert code == 1 and f"error: {message}" in errors.replace("error: iteration 2: ", "error: "), errors
+        # A survivor whose own connection to the lost rank was idle may learn of it too late to call in, and is named beside it.
+        pattern = "error: (iteration 2: )?" + re.sub(
+            r"rank (\d) does", r"rank [\\d, ]*\1[\\d, ]* does", re.escape(message).replace("\\ ", " ")
+        )
+        assert code == 1 and re.search(pattern, errors), errors
     assert time.time() - begin < 60
 
 
