@@ -196,9 +196,8 @@ def test_every_rank_names_the_one_that_failed(name, tmp_path):
         process.kill()
     for code, _, errors in results:
         # A survivor whose own connection to the lost rank was idle may learn of it too late to call in, and is named beside it.
-        pattern = "error: (iteration 2: )?" + re.sub(
-            r"rank (\d) does", r"rank [\\d, ]*\1[\\d, ]* does", re.escape(message).replace("\\ ", " ")
-        )
+        words = re.escape(message).replace("\\ ", " ")
+        pattern = "error: (iteration 2: )?" + re.sub(r"rank (\d) does", r"rank [\\d, ]*\1[\\d, ]* does", words)
         assert code == 1 and re.search(pattern, errors), errors
     assert time.time() - begin < 60
 
