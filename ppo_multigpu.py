@@ -48,6 +48,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import zlib
 from functools import wraps
@@ -1366,6 +1367,7 @@ def distributed(train):
             finally:
                 dist.destroy_process_group()  # closes the connections, so that no other rank waits for this one
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold connections open, on which other ranks would go on waiting
             fault = "rank 0 does not answer, whose host keeps the store"
             lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # through another rank's fault
             with contextlib.suppress(dist.DistError):
