@@ -5,7 +5,11 @@ Every simulator has an environment of its own (`pip install -e ".[mjlab]" pytest
 
 import importlib
 import importlib.util
+import math
+import pathlib
+import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -297,6 +301,36 @@ def test_mjlab_checkpoints_cross(tmp_path):
     assert len(history) == 1 and history[0]["Policy/mean_std"] == pytest.approx(0.7, abs=0.02)
     settings = Args(**{k: v for k, v in envs.defaults(f"mjlab:{task}").items() if k in Args.__dataclass_fields__})
     assert torch.allclose(runner.get_inference_policy()(obs), load_policy(theirs, args=settings)(obs), atol=1e-6)
+
+
+@needs_mjlab
+def test_mjlab_plays_our_checkpoint(tmp_path):
+    """The command `mjlab play` itself: it loads our checkpoint, films it, and serves its viewer until it is stopped."""
+    train("mjlab:Mjlab-Cartpole-Swingup", num_envs=8, max_iterations=2, log_root="logs")
+    [ours] = tmp_path.glob("logs/cartpole/*/model_1.pt")
+    options = f"--checkpoint-file {ours} --num-envs 2 --viewer viser --video True --video-length 20".split()
+    command = [pathlib.Path(sys.executable).with_name("play"), "Mjlab-Cartpole-Swingup", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.time() + 150
+        while process.poll() is None and time.time() < deadline and not list(tmp_path.rglob("rl-video-step-0.mp4")):
+            time.sleep(0.5)
+        process.kill()
+        output = process.stdout.read()
+    [film] = tmp_path.rglob("rl-video-step-0.mp4")
+    assert "Actor Model: MLPModel" in output, output
+
+
+@needs_mjlab
+def test_mjlab_depth_camera_trains_through_ppo_cnn():
+    import ppo_cnn
+
+    task = "mjlab:Mjlab-Lift-Cube-Yam-Depth"
+    settings = {k: v for k, v in envs.defaults(task).items() if k in ppo_cnn.Args.__dataclass_fields__}
+    settings |= dict(
+        env=task, logger="none", log_root="", num_envs=2, num_steps_per_env=4, num_mini_batches=2, max_iterations=2
+    )
+    history = ppo_cnn.train(ppo_cnn.Args(**settings))
+    assert len(history) == 2 and all(math.isfinite(metrics["Loss/surrogate"]) for metrics in history)
 
 
 # ---- MuJoCo Playground ----
