@@ -26,8 +26,6 @@ Differs from ppo_continuous.py:
 - CNN: new, that of ppo_cnn.py
 - Model: encoders and RNN, if any, before the MLP; always with a distribution; the teacher's network too
 - Experts: new, several teachers
-- make_activation: new, that of ppo_cnn.py
-- make_mlp: that of ppo_cnn.py
 - make_student: new, instead of make_actor and make_models
 - resolve_groups: for student and teacher
 - read_policy: new, weights, settings and observed groups of any checkpoint
@@ -511,10 +509,7 @@ class CNN(nn.Sequential):
         self.size = x.shape[1:].numel() if global_pool == "none" else x.shape[1]  # L
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # channels_last, 24 x 24 / 64 x 64 / 13 x 9 pixels on one CPU core: a step takes 0.78 / 0.97 / 1.06 of the time. So it
-        # is left out; --mixed-precision takes 0.80 / 0.67 / 0.53. Not measured on a GPU.
-        x = x / 255.0 if x.dtype == torch.uint8 else x
-        x = x.to(self[0].weight.dtype)
+        x = (x / 255.0 if x.dtype == torch.uint8 else x).to(self[0].weight.dtype)
         for layer in self:
             x = layer(x)
         return x

@@ -7,7 +7,9 @@
 PPO as in ppo_continuous.py with the CNN model of rsl_rl (Schwarke et al. 2025, arXiv:2509.10771): vectors are normalised, each
 image passes through convolutions of its own, and an MLP reads everything together. Losses and weights equal those of rsl_rl
 5.5.1 bit for bit (tests/test_cnn.py). Images stay in the rollout as the environment gives them, uint8 or float16, and become
-float32 (0 ... 255 becomes 0 ... 1) only in the mini-batch.
+float32 (0 ... 255 becomes 0 ... 1) only in the mini-batch. channels_last is left out: with
+images of 24 x 24, 64 x 64, 13 x 9 pixels an update on one CPU core takes 0.78, 0.97, 1.06 of the time with it; with
+--mixed-precision 0.80, 0.67, 0.53. Neither was measured on a GPU.
 
 Shapes: T steps per rollout, N environments, B samples in a mini-batch, O size of all vectors together, A actions; an image
 group is (N, C, H, W), and its latent (N, L).
@@ -16,8 +18,6 @@ Differs from ppo_continuous.py:
 - Args: cnn_* and share_cnn_encoders, the settings of the encoders
 - CNN: new, the encoder of one image group
 - Model: the images' latents join the vectors before the MLP
-- make_activation: taken out of make_mlp, since CNN needs it too
-- make_mlp: calls make_activation
 - make_models: hands the actor's encoders to the critic where they are shared; notes the images' dtypes for the export
 - resolve_groups: accepts images, and by convention takes them all
 - make_optimizer: lists a shared encoder once
@@ -430,29 +430,24 @@ class CNN(nn.Sequential):
         self.size = x.shape[1:].numel() if global_pool == "none" else x.shape[1]  # L
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # channels_last, 24 x 24 / 64 x 64 / 13 x 9 pixels on one CPU core: a step takes 0.78 / 0.97 / 1.06 of the time. So it
-        # is left out; --mixed-precision takes 0.80 / 0.67 / 0.53. Not measured on a GPU.
-        x = x / 255.0 if x.dtype == torch.uint8 else x
-        x = x.to(self[0].weight.dtype)
+        x = (x / 255.0 if x.dtype == torch.uint8 else x).to(self[0].weight.dtype)
         for layer in self:
             x = layer(x)
         return x
 
 
 class Model(nn.Module):
-    """Vectors -> concatenate -> normalise, images -> CNNs, all -> MLP; the actor's output parametrises its distribution.
+    """Observation groups -> concatenate -> normalise -> MLP; the actor's output parametrises its distribution.
 
     Args:
         shapes: shape of one sample of each observation group that this model reads, in order.
         hidden_dims: sizes of the hidden layers.
         args: for the activation and the normalisation.
         distribution: the actor's action distribution; None makes a critic with one output.
-        cnns: encoders to share, by group; None makes new ones.
+        cnns: encoders by image group, whose outputs join the normalised vectors before the MLP; None makes new ones.
     """
 
-    def __init__(
-        self, shapes: dict[str, tuple[int, ...]], hidden_dims, args: Args, distribution: nn.Module | None = None, cnns=None
-    ):
+    def __init__(self, shapes: dict, hidden_dims, args: Args, distribution: nn.Module | None = None, cnns=None):
         super().__init__()
         self.shapes = shapes
         self.vectors, self.images = ([group for group in shapes if len(shapes[group]) == dims] for dims in (1, 3))
@@ -471,12 +466,12 @@ class Model(nn.Module):
         vectors = [obs[group] for group in self.vectors] or [obs[self.images[0]][..., 0, 0, :0].float()]  # or none: (..., 0)
         return torch.cat(vectors, dim=-1)  # (..., O)
 
-    def preprocess(self, obs: TensorDict) -> TensorDict:
-        """What `forward` reads: done once per rollout row, for all epochs of the update. Images are not copied."""
-        vector = self.obs_normalizer(self.concatenate(obs))  # (B, O)
+    def preprocess(self, obs: TensorDict):
+        """What `forward` reads: done once per rollout row, for all epochs of the update."""
+        vector = self.obs_normalizer(self.concatenate(obs))  # (..., O); the images stay as they are
         return TensorDict(vector=vector, images=obs.select(*self.images), batch_size=obs.batch_size)
 
-    def forward(self, x: TensorDict) -> torch.Tensor:
+    def forward(self, x) -> torch.Tensor:
         latents = [self.cnns[group](x["images", group]) for group in self.images]  # (B, L) each
         return self.mlp(torch.cat([x["vector"], *latents], dim=-1))
 
@@ -521,7 +516,7 @@ def make_models(obs: TensorDict, num_actions: int, args: Args) -> tuple[Model, M
 
 
 def resolve_groups(obs: TensorDict, args: Args) -> dict[str, tuple[str, ...]]:
-    """Observation groups of actor and critic: as asked for, or by convention and with all images; printed either way."""
+    """Observation groups of each network: as asked for, or by convention; printed either way."""
     images = tuple(group for group, x in obs.items() if x.dim() == 4)
     actor = args.actor_obs or tuple(dict.fromkeys(first_group(obs, "actor", "policy", "state") + images))
     critic = first_group(obs, "critic") or actor + first_group(obs, "privileged", "privileged_state")
@@ -533,7 +528,7 @@ def resolve_groups(obs: TensorDict, args: Args) -> dict[str, tuple[str, ...]]:
             raise UserError(f"{' '.join([flag, *missing])}: the environment has no such group; it has {available}")
         for group in groups:
             if obs[group].dim() not in (2, 4):
-                raise UserError(f"{flag} {group}: must be vectors (O,) or images (C, H, W); the groups are {available}")
+                raise UserError(f"{flag} {group}: must be vectors (O,), or images in ppo_cnn.py; the groups are {available}")
         print(f"{flag[2:-4]} observes {' + '.join(f'{group} {tuple(obs[group].shape[1:])}' for group in groups)}")
     return {"actor": actor, "critic": critic}
 
@@ -779,9 +774,8 @@ def mini_batch_step(actor: Model, critic: Model, optimizer, batch: TensorDict, l
     if args.schedule == "adaptive":
         adapt_learning_rate(optimizer, metrics["kl"], args)
     metrics["actor_grad_norm"] = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-    actor_params = {*actor.parameters()}
-    critic_params = [p for p in critic.parameters() if p not in actor_params]  # rsl_rl clips a shared encoder here once more
-    metrics["critic_grad_norm"] = nn.utils.clip_grad_norm_(critic_params, args.max_grad_norm)
+    own = [p for p in critic.parameters() if not any(p is q for q in actor.parameters())]  # rsl_rl clips a shared encoder twice
+    metrics["critic_grad_norm"] = nn.utils.clip_grad_norm_(own, args.max_grad_norm)
     optimizer.step()
     return {name: value.detach() for name, value in metrics.items()}
 
@@ -1110,7 +1104,7 @@ def download_checkpoint(args: Args) -> pathlib.Path:
 
 
 class Policy(nn.Module):
-    """The deterministic policy, vectors (B, O) and a list of images -> actions (B, A): what is played, exported and deployed."""
+    """The deterministic policy, from observations to actions (B, A): what is played, exported and deployed."""
 
     def __init__(self, actor: Model):
         super().__init__()
@@ -1159,9 +1153,7 @@ def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", ar
         raise UserError(f"--checkpoint {path}: has no actor_state_dict; it holds {', '.join(map(str, checkpoint))}")
     state, resume = checkpoint["actor_state_dict"], checkpoint.get("resume", {})
     layers = [value for key, value in state.items() if re.fullmatch(r"mlp\.\d+\.weight", key)]
-    saved = {
-        field.name: resume["args"][field.name] for field in dataclasses.fields(Args) if field.name in resume.get("args", {})
-    }
+    saved = {name: value for name, value in resume.get("args", {}).items() if name in Args.__dataclass_fields__}
     args = dataclasses.replace(
         Args(**saved) if resume else args or Args(),
         actor_hidden_dims=tuple(layer.shape[0] for layer in layers[:-1]),
@@ -1177,22 +1169,22 @@ def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", ar
 
 
 def export_policy(policy: Policy, folder: pathlib.Path) -> None:
-    """Write policy.onnx (opset 18, normaliser inside, `obs` and images -> `actions`) and policy.pt (TorchScript); check both."""
+    """Write policy.onnx (opset 18, normaliser inside) and policy.pt (TorchScript); check both against the model."""
     import onnxruntime
 
     folder.mkdir(parents=True, exist_ok=True)
     policy = copy.deepcopy(policy).to("cpu", torch.float32).eval()
-    obs = torch.randn(16, sum(shape[0] for shape in policy.shapes.values() if len(shape) == 1))
-    images = {group: torch.randint(2, (16, *policy.shapes[group]), dtype=dtype) for group, dtype in policy.dtypes.items()}
-    inputs, batch = (obs, [*images.values()]), {0: torch.export.Dim("batch")}
+    batch = {0: torch.export.Dim("batch")}
+    tensors = {"obs": torch.randn(16, sum(shape[0] for shape in policy.shapes.values() if len(shape) == 1))}
+    tensors |= {group: torch.randint(2, (16, *policy.shapes[group]), dtype=dtype) for group, dtype in policy.dtypes.items()}
+    inputs, shapes = (tensors["obs"], [tensors[group] for group in policy.dtypes]), (batch, [batch for _ in policy.dtypes])
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
         warnings.simplefilter("ignore")
-        names = dict(input_names=["obs", *images], output_names=["actions"], dynamic_shapes=(batch, [batch for _ in images]))
+        names = dict(input_names=[*tensors], output_names=["actions"], dynamic_shapes=shapes)
         torch.onnx.export(policy, inputs, folder / "policy.onnx", opset_version=18, dynamo=True, external_data=False, **names)
         torch.jit.script(policy).save(str(folder / "policy.pt"))
     session = onnxruntime.InferenceSession(folder / "policy.onnx", providers=["CPUExecutionProvider"])
-    arrays = {name: x.numpy() for name, x in ({"obs": obs} | images).items()}
-    outputs = {"policy.onnx": torch.as_tensor(session.run(["actions"], arrays)[0])}
+    outputs = {"policy.onnx": torch.as_tensor(session.run(["actions"], {name: x.numpy() for name, x in tensors.items()})[0])}
     outputs["policy.pt"] = torch.jit.load(folder / "policy.pt")(*inputs)
     for name, actions in outputs.items():
         difference = (actions - policy(*inputs)).abs().max().item()
@@ -1502,7 +1494,7 @@ def recommended(env: str) -> dict[str, Any]:
         settings = defaults(env)
     except (ImportError, ValueError) as error:
         raise UserError(str(error)) from error
-    return {name: value for name, value in settings.items() if name in {field.name for field in dataclasses.fields(Args)}}
+    return {name: value for name, value in settings.items() if name in Args.__dataclass_fields__}
 
 
 def main() -> None:

@@ -431,7 +431,7 @@ class Model(nn.Module):
         distribution: the actor's action distribution; None makes a critic with one output.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], hidden_dims, args: Args, distribution: nn.Module | None = None):
+    def __init__(self, shapes: dict, hidden_dims, args: Args, distribution: nn.Module | None = None):
         super().__init__()
         self.shapes = shapes
         size = sum(shape[0] for shape in shapes.values())  # O
@@ -444,11 +444,11 @@ class Model(nn.Module):
     def concatenate(self, obs: TensorDict) -> torch.Tensor:
         return torch.cat([obs[group] for group in self.shapes], dim=-1)  # (..., O)
 
-    def preprocess(self, obs: TensorDict) -> torch.Tensor:
+    def preprocess(self, obs: TensorDict):
         """What `forward` reads: done once per rollout row, for all epochs of the update."""
         return self.obs_normalizer(self.concatenate(obs))  # (..., O)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x) -> torch.Tensor:
         return self.mlp(x)
 
     def update_normalization(self, obs: TensorDict) -> None:
@@ -459,15 +459,19 @@ class Model(nn.Module):
 
 def make_mlp(num_inputs: int, num_outputs: int | tuple[int, ...], hidden_dims, activation: str) -> nn.Sequential:
     """Linear layers with an activation between, in torch's default initialisation; layer names are rsl_rl's."""
-    classes = dict(elu=nn.ELU, relu=nn.ReLU, selu=nn.SELU, gelu=nn.GELU, silu=nn.SiLU, mish=nn.Mish, lrelu=nn.LeakyReLU)
-    classes |= dict(tanh=nn.Tanh, softplus=nn.Softplus, sigmoid=nn.Sigmoid)
     sizes = [num_inputs, *hidden_dims]
-    layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), classes[activation]())]
+    layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), make_activation(activation))]
     if isinstance(num_outputs, tuple):
         layers += [nn.Linear(sizes[-1], math.prod(num_outputs)), nn.Unflatten(-1, num_outputs)]
     else:
         layers += [nn.Linear(sizes[-1], num_outputs)]
     return nn.Sequential(*layers)
+
+
+def make_activation(name: str) -> nn.Module:
+    classes = dict(elu=nn.ELU, relu=nn.ReLU, selu=nn.SELU, gelu=nn.GELU, silu=nn.SiLU, mish=nn.Mish, lrelu=nn.LeakyReLU)
+    classes |= dict(tanh=nn.Tanh, softplus=nn.Softplus, sigmoid=nn.Sigmoid)
+    return classes[name]()
 
 
 class RewardNormalization(nn.Module):
@@ -551,7 +555,7 @@ def resolve_groups(obs: TensorDict, args: Args) -> dict[str, tuple[str, ...]]:
             raise UserError(f"{' '.join([flag, *missing])}: the environment has no such group; it has {available}")
         for group in groups:
             if obs[group].dim() != 2:
-                raise UserError(f"{flag} {group}: an MLP reads vectors (ppo_cnn.py reads images); the groups are {available}")
+                raise UserError(f"{flag} {group}: must be vectors (O,), or images in ppo_cnn.py; the groups are {available}")
         print(f"{flag[2:-4]} observes {' + '.join(f'{group} {tuple(obs[group].shape[1:])}' for group in groups)}")
     return {"actor": actor, "critic": critic, "rnd": rnd}
 
@@ -1160,7 +1164,7 @@ def download_checkpoint(args: Args) -> pathlib.Path:
 
 
 class Policy(nn.Module):
-    """The deterministic policy, observations (B, O) -> actions (B, A): what is played, exported and deployed."""
+    """The deterministic policy, from observations to actions (B, A): what is played, exported and deployed."""
 
     def __init__(self, actor: Model):
         super().__init__()
@@ -1207,9 +1211,7 @@ def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", ar
         raise UserError(f"--checkpoint {path}: has no actor_state_dict; it holds {', '.join(map(str, checkpoint))}")
     state, resume = checkpoint["actor_state_dict"], checkpoint.get("resume", {})
     layers = [value for key, value in state.items() if re.fullmatch(r"mlp\.\d+\.weight", key)]
-    saved = {
-        field.name: resume["args"][field.name] for field in dataclasses.fields(Args) if field.name in resume.get("args", {})
-    }
+    saved = {name: value for name, value in resume.get("args", {}).items() if name in Args.__dataclass_fields__}
     args = dataclasses.replace(
         Args(**saved) if resume else args or Args(),
         actor_hidden_dims=tuple(layer.shape[0] for layer in layers[:-1]),
@@ -1224,22 +1226,24 @@ def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", ar
 
 
 def export_policy(policy: Policy, folder: pathlib.Path) -> None:
-    """Write policy.onnx (opset 18, normaliser inside, `obs` -> `actions`) and policy.pt (TorchScript); check both."""
+    """Write policy.onnx (opset 18, normaliser inside) and policy.pt (TorchScript); check both against the model."""
     import onnxruntime
 
     folder.mkdir(parents=True, exist_ok=True)
     policy = copy.deepcopy(policy).to("cpu", torch.float32).eval()
-    obs = torch.randn(16, policy.mlp[0].in_features)
+    batch = {0: torch.export.Dim("batch")}
+    tensors = {"obs": torch.randn(16, policy.mlp[0].in_features)}
+    inputs, shapes = (tensors["obs"],), (batch,)
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
         warnings.simplefilter("ignore")
-        names = dict(input_names=["obs"], output_names=["actions"], dynamic_shapes=({0: torch.export.Dim("batch")},))
-        torch.onnx.export(policy, (obs,), folder / "policy.onnx", opset_version=18, dynamo=True, external_data=False, **names)
+        names = dict(input_names=[*tensors], output_names=["actions"], dynamic_shapes=shapes)
+        torch.onnx.export(policy, inputs, folder / "policy.onnx", opset_version=18, dynamo=True, external_data=False, **names)
         torch.jit.script(policy).save(str(folder / "policy.pt"))
     session = onnxruntime.InferenceSession(folder / "policy.onnx", providers=["CPUExecutionProvider"])
-    outputs = {"policy.onnx": torch.as_tensor(session.run(["actions"], {"obs": obs.numpy()})[0])}
-    outputs["policy.pt"] = torch.jit.load(folder / "policy.pt")(obs)
+    outputs = {"policy.onnx": torch.as_tensor(session.run(["actions"], {name: x.numpy() for name, x in tensors.items()})[0])}
+    outputs["policy.pt"] = torch.jit.load(folder / "policy.pt")(*inputs)
     for name, actions in outputs.items():
-        difference = (actions - policy(obs)).abs().max().item()
+        difference = (actions - policy(*inputs)).abs().max().item()
         print(f"exported {folder / name}, which differs from the model by at most {difference:.1e}")
         if difference > 1e-4:
             raise RuntimeError(f"{folder / name} differs from the model by {difference:.1e}")
@@ -1550,7 +1554,7 @@ def recommended(env: str) -> dict[str, Any]:
         settings = defaults(env)
     except (ImportError, ValueError) as error:
         raise UserError(str(error)) from error
-    return {name: value for name, value in settings.items() if name in {field.name for field in dataclasses.fields(Args)}}
+    return {name: value for name, value in settings.items() if name in Args.__dataclass_fields__}
 
 
 def main() -> None:

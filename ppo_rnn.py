@@ -457,7 +457,7 @@ class Model(nn.Module):
         distribution: the actor's action distribution; None makes a critic with one output.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], hidden_dims, args: Args, distribution: nn.Module | None = None):
+    def __init__(self, shapes: dict, hidden_dims, args: Args, distribution: nn.Module | None = None):
         super().__init__()
         self.shapes = shapes
         size = sum(shape[0] for shape in shapes.values())  # O
@@ -471,7 +471,7 @@ class Model(nn.Module):
     def concatenate(self, obs: TensorDict) -> torch.Tensor:
         return torch.cat([obs[group] for group in self.shapes], dim=-1)  # (..., O)
 
-    def preprocess(self, obs: TensorDict) -> torch.Tensor:
+    def preprocess(self, obs: TensorDict):
         """What `forward` reads: done once per rollout row, for all epochs of the update."""
         return self.obs_normalizer(self.concatenate(obs))  # (..., O)
 
@@ -488,15 +488,19 @@ class Model(nn.Module):
 
 def make_mlp(num_inputs: int, num_outputs: int | tuple[int, ...], hidden_dims, activation: str) -> nn.Sequential:
     """Linear layers with an activation between, in torch's default initialisation; layer names are rsl_rl's."""
-    classes = dict(elu=nn.ELU, relu=nn.ReLU, selu=nn.SELU, gelu=nn.GELU, silu=nn.SiLU, mish=nn.Mish, lrelu=nn.LeakyReLU)
-    classes |= dict(tanh=nn.Tanh, softplus=nn.Softplus, sigmoid=nn.Sigmoid)
     sizes = [num_inputs, *hidden_dims]
-    layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), classes[activation]())]
+    layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), make_activation(activation))]
     if isinstance(num_outputs, tuple):
         layers += [nn.Linear(sizes[-1], math.prod(num_outputs)), nn.Unflatten(-1, num_outputs)]
     else:
         layers += [nn.Linear(sizes[-1], num_outputs)]
     return nn.Sequential(*layers)
+
+
+def make_activation(name: str) -> nn.Module:
+    classes = dict(elu=nn.ELU, relu=nn.ReLU, selu=nn.SELU, gelu=nn.GELU, silu=nn.SiLU, mish=nn.Mish, lrelu=nn.LeakyReLU)
+    classes |= dict(tanh=nn.Tanh, softplus=nn.Softplus, sigmoid=nn.Sigmoid)
+    return classes[name]()
 
 
 def make_actor(shapes: dict[str, tuple[int, ...]], num_actions: int, args: Args) -> Model:
@@ -524,7 +528,7 @@ def resolve_groups(obs: TensorDict, args: Args) -> dict[str, tuple[str, ...]]:
             raise UserError(f"{' '.join([flag, *missing])}: the environment has no such group; it has {available}")
         for group in groups:
             if obs[group].dim() != 2:
-                raise UserError(f"{flag} {group}: an MLP reads vectors (ppo_cnn.py reads images); the groups are {available}")
+                raise UserError(f"{flag} {group}: must be vectors (O,), or images in ppo_cnn.py; the groups are {available}")
         print(f"{flag[2:-4]} observes {' + '.join(f'{group} {tuple(obs[group].shape[1:])}' for group in groups)}")
     return {"actor": actor, "critic": critic}
 
@@ -1180,9 +1184,7 @@ def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", ar
         raise UserError(f"--checkpoint {path}: its actor has no RNN (ppo_continuous.py plays it)")
     gates, hidden_dim = state["rnn.rnn.weight_hh_l0"].shape  # an LSTM has 4 gates, a GRU 3
     layers = [value for key, value in state.items() if re.fullmatch(r"mlp\.\d+\.weight", key)]
-    saved = {
-        field.name: resume["args"][field.name] for field in dataclasses.fields(Args) if field.name in resume.get("args", {})
-    }
+    saved = {name: value for name, value in resume.get("args", {}).items() if name in Args.__dataclass_fields__}
     args = dataclasses.replace(
         Args(**saved) if resume else args or Args(),
         actor_hidden_dims=tuple(layer.shape[0] for layer in layers[:-1]),
@@ -1535,7 +1537,7 @@ def recommended(env: str) -> dict[str, Any]:
         settings = defaults(env)
     except (ImportError, ValueError) as error:
         raise UserError(str(error)) from error
-    return {name: value for name, value in settings.items() if name in {field.name for field in dataclasses.fields(Args)}}
+    return {name: value for name, value in settings.items() if name in Args.__dataclass_fields__}
 
 
 def main() -> None:

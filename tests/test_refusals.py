@@ -71,7 +71,7 @@ def test_groups_by_convention(capsys):
 def test_images_are_refused():
     env = toy.Toy(16)
     env.get_observations = lambda: toy.TensorDict({"policy": torch.zeros(16, 1, 4, 4)}, batch_size=[16])
-    with pytest.raises(module.UserError, match="ppo_cnn.py reads images"):
+    with pytest.raises(module.UserError, match=r"--actor-obs policy: must be vectors \(O,\), or images in ppo_cnn.py"):
         module.train(module.Args(**TINY), env)
 
 

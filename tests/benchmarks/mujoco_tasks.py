@@ -1,0 +1,95 @@
+"""PPO on MuJoCo tasks through EnvPool: this project and rsl_rl 5.5.1, same settings, 1 million env steps, several seeds.
+
+    pip install -e ".[envpool]" rsl-rl-lib==5.5.1
+    python tests/benchmarks/mujoco_tasks.py                               # 30 trainings, about a minute each on one core
+
+Both sides train with the settings that `--env envpool:<task>` recommends. The return is the mean over all episodes that end in
+the last tenth of training, counted outside of both; printed with its standard deviation over the seeds. Finished trainings
+are kept in --out, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import sys
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+# Published for ppo_continuous_action.py at 1 million steps: docs.cleanrl.dev/rl-algorithms/ppo (none for Ant-v4).
+CLEANRL = {"HalfCheetah-v4": "1442.6 +- 46.0", "Hopper-v4": "2382.9 +- 271.7"}
+ENV_STEPS = 1_000_000
+
+
+def count_returns(env) -> list[tuple[int, float]]:
+    """Note every episode's end, (env steps so far, return), while somebody else steps the environment."""
+    step, totals, steps, finished = env.step, torch.zeros(env.num_envs), 0, []
+
+    def counting_step(actions):
+        nonlocal steps
+        obs, rewards, dones, extras = step(actions)
+        steps += env.num_envs
+        totals.add_(rewards)
+        finished.extend((steps, total) for total in totals[dones.bool()].tolist())
+        totals[dones.bool()] = 0.0
+        return obs, rewards, dones, extras
+
+    env.step = counting_step
+    return finished
+
+
+def train(arm: str, task: str, seed: int) -> float:
+    import ppo_continuous
+    from envs import defaults, make
+
+    env_id = f"envpool:{task}"
+    tuned = {k: v for k, v in defaults(env_id).items() if k in ppo_continuous.Args.__dataclass_fields__}
+    args = ppo_continuous.Args(**tuned | dict(env=env_id, seed=seed, log_root="", actor_obs=("policy",), critic_obs=("policy",)))
+    iterations = ENV_STEPS // (args.num_envs * args.num_steps_per_env)
+    args = dataclasses.replace(args, max_iterations=iterations, num_threads=1)
+    env = make(env_id, args.num_envs, seed=seed)
+    finished = count_returns(env)
+    with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
+        if arm == "ours":
+            ppo_continuous.train(args, env)
+        else:
+            import reference
+
+            torch.manual_seed(seed)
+            reference.make_runner(args, env).learn(iterations, init_at_random_ep_len=True)
+    return statistics.mean(total for steps, total in finished if steps > 0.9 * ENV_STEPS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--tasks", nargs="+", default=["HalfCheetah-v4", "Hopper-v4", "Ant-v4"])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("logs/benchmark_mujoco"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, list[float]]] = {}
+    for task in options.tasks:
+        results[task] = {"ours": [], "rsl_rl": []}
+        for seed in options.seeds:
+            for arm, returns in results[task].items():
+                file = options.out / f"{task}_{arm}_{seed}.json"
+                if not file.exists():
+                    file.write_text(json.dumps(train(arm, task, seed)))
+                    print(f"trained {arm} on {task}, seed {seed}", flush=True)
+                returns.append(json.loads(file.read_text()))
+    print(f"{'return after 1 M steps':24s}{'ours':>20s}{'rsl_rl 5.5.1':>20s}{'CleanRL, published':>20s}")
+    for task, arms in results.items():
+        columns = [f"{statistics.mean(x):.1f} +- {statistics.stdev(x):.1f}" for x in arms.values()]
+        print(f"{task:24s}" + "".join(f"{column:>20s}" for column in [*columns, CLEANRL.get(task, "-")]))
+
+
+if __name__ == "__main__":
+    main()
