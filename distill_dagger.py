@@ -672,7 +672,9 @@ def read_policy(source: str, checkpoint: dict, args: Args) -> tuple[dict, Args, 
 
 def find_teacher(path: str) -> pathlib.Path:
     """The checkpoint itself, or the newest of the newest run in a folder."""
-    files = [pathlib.Path(path)] if pathlib.Path(path).is_file() else list(pathlib.Path(path).glob("**/model_*.pt"))
+    if pathlib.Path(path).is_file():
+        return pathlib.Path(path)
+    files = list(pathlib.Path(path).glob("**/model_*.pt"))
     if not files:
         raise UserError(f"--teacher {path}: is no file, and no folder with a model_<iteration>.pt in it")
     return max(files, key=lambda file: (file.parent.name, iteration_of(file)))

@@ -6,7 +6,10 @@ A case is (script, environment, Args). Each sets timeout_bootstrap="reference": 
 from __future__ import annotations
 
 import importlib
+import types
 from typing import Any
+
+import torch
 
 SMALL = dict(num_envs=64, max_iterations=10, actor_hidden_dims=(32, 32), critic_hidden_dims=(32, 32), log_root="")
 SMALL |= dict(timeout_bootstrap="reference", actor_obs=("policy",), critic_obs=("policy",))
@@ -15,6 +18,12 @@ MIRROR_LOSS = dict(num_envs=32, use_mirror_loss=True, mirror_loss_coeff=0.7)
 SCHEDULE = dict(rnd_initial_step=40, rnd_final_step=177, rnd_final_value=0.7)
 CURIOUS = dict(rnd_weight=3.3, rnd_predictor_hidden_dims=(16, 8), rnd_target_hidden_dims=(24,), rnd_num_outputs=5)
 RECURRENT = dict(num_envs=26, num_mini_batches=3, rnn_hidden_dim=12, rnn_num_layers=2)
+STUDENT = dict(num_envs=16, max_iterations=10, num_steps_per_env=30, student_hidden_dims=(16,), log_root="")
+STUDENT |= dict(teacher=("teacher.pt",), teacher_obs=("policy", "privileged"), student_obs=("policy",), init_std=0.5)
+TEACHER = types.SimpleNamespace(  # what rsl_rl has to be told of the teacher that `write_teacher` makes
+    **dict(actor_hidden_dims=(16, 8), actor_obs=("policy", "privileged"), obs_normalization=True, activation="elu"),
+    **dict(distribution="gaussian", std_type="scalar", init_std=1.0),
+)
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cartpole": ("ppo_continuous", "cartpole", SMALL),
@@ -64,6 +73,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             rnd_obs=("rnd",), rnd_state_normalization=True, rnd_reward_normalization=True, rnd_weight_schedule="linear", seed=2
         ),
     ),
+    "distill-mlp": ("distill_dagger", "navigation-cue", STUDENT),
+    "distill-mlp-epochs": (
+        "distill_dagger",
+        "quadruped",
+        STUDENT | dict(num_steps_per_env=24, gradient_length=16, num_learning_epochs=2, loss_type="huber", max_grad_norm=0.05),
+    ),
+    "distill-gru": ("distill_dagger", "navigation-cue", STUDENT | dict(rnn_type="gru", rnn_hidden_dim=12, seed=2)),
+    "distill-lstm": (
+        "distill_dagger",
+        "navigation-cue",
+        STUDENT | dict(rnn_type="lstm", rnn_hidden_dim=12, rnn_num_layers=2, gradient_length=5, num_learning_epochs=2, seed=3),
+    ),
 }
 
 
@@ -74,7 +95,23 @@ def build(name: str) -> tuple[Any, Any, Any]:
     script, env_id, settings = CASES[name]
     module = importlib.import_module(script)
     args = module.Args(env=env_id, **settings)
+    if script == "distill_dagger":
+        write_teacher(args.teacher[0], make(env_id, 1))
     return module, args, lambda: make(env_id, args.num_envs, seed=args.seed)
+
+
+def write_teacher(path: str, env: Any) -> None:
+    """A checkpoint in rsl_rl's format of an untrained teacher, TEACHER."""
+    generator = torch.Generator().manual_seed(0)
+    size = sum(env.get_observations()[group].shape[1] for group in TEACHER.actor_obs)
+    sizes = [size, *TEACHER.actor_hidden_dims, env.num_actions]
+    state = {"distribution.std_param": torch.ones(env.num_actions), "obs_normalizer._mean": torch.full((1, size), 0.1)}
+    state |= {"obs_normalizer._var": torch.full((1, size), 0.25), "obs_normalizer._std": torch.full((1, size), 0.5)}
+    state |= {"obs_normalizer.count": torch.tensor(1000)}
+    for layer, (inputs, outputs) in enumerate(zip(sizes, sizes[1:])):
+        state[f"mlp.{2 * layer}.weight"] = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+        state[f"mlp.{2 * layer}.bias"] = torch.zeros(outputs)
+    torch.save({"actor_state_dict": state, "iter": 0, "infos": None}, path)
 
 
 def run(module: Any, args: Any, env: Any) -> tuple[list[dict[str, float]], dict]:

@@ -6,9 +6,11 @@ the case or the reference has changed.
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -21,13 +23,16 @@ def main() -> None:
 
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    os.chdir(tempfile.mkdtemp())  # where a distillation's teacher is written
     for name in sys.argv[1:] or cases.CASES:
         script, env_id, settings = cases.CASES[name]
         _, args, make_env = cases.build(name)
-        history, runner = reference.run(args, make_env())
-        weights = {
-            part: sum(p.abs().sum().item() for p in getattr(runner.alg, part).parameters()) for part in ("actor", "critic")
-        }
+        if script == "distill_dagger":
+            history, runner = reference.run_distillation(args, make_env(), cases.TEACHER)
+        else:
+            history, runner = reference.run(args, make_env())
+        networks = {part: getattr(runner.alg, part) for part in ("actor", "critic", "student") if hasattr(runner.alg, part)}
+        weights = {part: sum(p.abs().sum().item() for p in network.parameters()) for part, network in networks.items()}
         versions = {package: importlib.metadata.version(package) for package in ("rsl-rl-lib", "torch", "tensordict")}
         golden = dict(
             case=dict(script=script, env=env_id, args=settings), versions=versions | {"python": platform.python_version()}
@@ -36,7 +41,7 @@ def main() -> None:
         path = ROOT / "tests" / "goldens" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(golden, indent=1) + "\n")
-        print(f"{path.name}: {len(history)} iterations, last surrogate {history[-1]['Loss/surrogate']:.6f}")
+        print(f"{path.name}: {len(history)} iterations, the last one's {next(iter(history[-1].items()))}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ def train(arm: str, task: str, seed: int) -> float:
 
     env_id = f"envpool:{task}"
     tuned = {k: v for k, v in defaults(env_id).items() if k in ppo_continuous.Args.__dataclass_fields__}
-    args = ppo_continuous.Args(**tuned | dict(env=env_id, seed=seed, log_root="", actor_obs=("policy",), critic_obs=("policy",)))
+    args = ppo_continuous.Args(
+        **tuned | dict(env=env_id, seed=seed, log_root="", actor_obs=("policy",), critic_obs=("policy",))
+    )
     iterations = ENV_STEPS // (args.num_envs * args.num_steps_per_env)
     args = dataclasses.replace(args, max_iterations=iterations, num_threads=1)
     env = make(env_id, args.num_envs, seed=seed)
