@@ -595,7 +595,7 @@ def compute_gae(storage: TensorDict, args: Args) -> tuple[torch.Tensor, torch.Te
     decay = discount * args.lam
     advantages = delta.clone()
     for t in reversed(range(args.num_steps_per_env - 1)):
-        advantages[t] += decay[t] * advantages[t + 1]
+        advantages[t].add_(decay[t] * advantages[t + 1])
     returns = advantages + values[:-1]
     advantages = returns - values[:-1]  # rounds as rsl_rl does
     if args.normalize_advantage_over_ranks:

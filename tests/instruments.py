@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import pathlib
 from collections import Counter
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+TESTS = pathlib.Path(__file__).resolve().parent
 WAITING = {"_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "item", "equal", "is_nonzero"}
 HOST_METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 VIEWS_BY_SCHEMA = {"detach", "lift_fresh", "alias"}
 
 
+COPIES = {"copy_", "clone", "_to_copy", "index", "cat", "stack", "_foreach_copy_"}
+
+
 class Operations(TorchDispatchMode):
-    """Counts ATen calls ("kernels": views left out, a foreach call is one) and those that would make the host wait."""
+    """Counts ATen calls ("kernels": views left out, a foreach call is one), bytes copied, and calls that make the host wait."""
 
     def __init__(self):
         super().__init__()
-        self.kernels, self.waits = Counter(), Counter()
+        self.kernels, self.waits, self.copied = Counter(), Counter(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
         result = func(*args, **(kwargs or {}))
         if not is_view(func):
             self.kernels[name] += 1
+        if name in COPIES and torch.is_tensor(result):
+            self.copied += result.numel() * result.element_size()
         masks = [x for x in (args[1] if name in ("index", "index_put_", "index_put") else []) if x is not None]
         if name in WAITING or any(x.dtype in (torch.bool, torch.uint8) for x in masks):
             self.waits[name] += 1

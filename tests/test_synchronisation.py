@@ -58,6 +58,54 @@ def test_one_read_at_the_end_of_an_iteration(monkeypatch):
     assert counts_per_iteration == [{"tolist": 1}] * 6
 
 
+def count_calls(module, env_id, names, monkeypatch, **settings) -> dict[str, instruments.Operations]:
+    """Kernels and copied bytes of one call of each of these functions, in the last iteration of a run."""
+    from envs import make
+
+    counted = {}
+
+    def counting(name, function):
+        def call(*args):
+            counted[name] = instruments.Operations()
+            with counted[name]:
+                return function(*args)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
+    args = small(module, max_iterations=2, **settings)
+    module.train(args, make(env_id, args.num_envs))
+    return counted
+
+
+def test_kernels_of_each_part(monkeypatch):
+    """What a machine cannot change: how much is launched, and copied, for an env step, the advantages and a mini-batch."""
+    import ppo_continuous as module
+
+    counted = count_calls(module, "cartpole", ("act", "compute_gae", "mini_batch_step", "bootstrap_value"), monkeypatch)
+    kernels = {name: sum(operations.kernels.values()) for name, operations in counted.items()}
+    budget = {"act": 37, "bootstrap_value": 13, "compute_gae": 63, "mini_batch_step": 186}  # with two hidden layers
+    assert all(kernels[name] <= most for name, most in budget.items()), kernels
+    # No sample is copied: mini-batches are slices. What is copied are norms, the learning rate, the step count, a mask (B,).
+    batch = 16 * 24 // 4
+    assert counted["mini_batch_step"].copied <= 4 * batch + 200, counted["mini_batch_step"].copied
+
+
+def test_kernels_against_the_reference():
+    """At most two thirds of what rsl_rl launches per mini-batch, as it runs on a CPU (its Adam loops over the parameters)."""
+    pytest.importorskip("rsl_rl")
+    import sys
+
+    sys.path.append(str(instruments.TESTS / "benchmarks"))
+    import speed
+
+    figures = speed.count(speed.Settings(hidden_dims=(8, 8, 8)), compiled=False)
+    ours, reference = figures["ours"], figures["rsl_rl, looping Adam"]
+    assert ours["kernels"] <= 2 / 3 * reference["kernels"], figures
+    assert ours["waits"] == 0 < reference["waits"], figures
+
+
 def test_the_instruments_see_a_wait():
     x = torch.arange(4.0)
     for wait in (lambda: x[x > 1], lambda: x.sum().item(), lambda: bool(x.sum() > 1), lambda: x.nonzero(), lambda: x.tolist()):

@@ -127,7 +127,7 @@ def compare(settings: Settings) -> dict:
     return figures
 
 
-def count(settings: Settings) -> dict:
+def count(settings: Settings, compiled: bool = True) -> dict:
     """ATen calls of one update divided by its mini-batches; views left out, a foreach call is one (tests/instruments.py)."""
     import instruments
     import reference
@@ -160,7 +160,54 @@ def count(settings: Settings) -> dict:
     with quiet():
         ppo_continuous.train(args, make(args.env, args.num_envs))
     ppo_continuous.update = update
+    if compiled:
+        figures["ours, compiled"] = dict(kernels=count_compiled(args, mini_batches), waits=figures["ours"]["waits"])
     return figures
+
+
+def count_compiled(args, mini_batches: int) -> float:
+    """Kernels per mini-batch with --compile: what Inductor launches for loss and gradients, and ATen calls for the rest."""
+    import instruments
+    import torch._inductor.config as inductor
+
+    import ppo_continuous
+    from envs import make
+
+    inductor.cpp.enable_kernel_profile = True  # its kernels show in the profile by name
+    inside, profile = instruments.Operations(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    total, originals, calls = (
+        instruments.Operations(),
+        (ppo_continuous.update, ppo_continuous.ppo_loss, ppo_continuous.backward),
+        [],
+    )
+
+    def within(mode, function):
+        def call(*arguments):
+            with mode:
+                return function(*arguments)
+
+        return call
+
+    def second_update(mode):
+        def call(*arguments):
+            calls.append(1)
+            with mode if len(calls) % 2 == 0 else contextlib.nullcontext():
+                return originals[0](*arguments)
+
+        return call
+
+    with quiet():
+        ppo_continuous.update = second_update(total)
+        ppo_continuous.train(args, make(args.env, args.num_envs))
+        ppo_continuous.ppo_loss, ppo_continuous.backward = within(inside, originals[1]), within(inside, originals[2])
+        ppo_continuous.train(dataclasses.replace(args, max_iterations=1), make(args.env, args.num_envs))
+        ppo_continuous.update, ppo_continuous.ppo_loss, ppo_continuous.backward = second_update(profile), *originals[1:]
+        calls.clear()
+        ppo_continuous.train(dataclasses.replace(args, compile=True), make(args.env, args.num_envs))
+        ppo_continuous.update = originals[0]
+    products = [event for event in profile.events() if event.name in ("aten::mm", "aten::addmm")]
+    fused = [event for event in profile.events() if "cpp_fused" in event.name]
+    return (sum(total.kernels.values()) - sum(inside.kernels.values()) + len(products) + len(fused)) / mini_batches
 
 
 def main(settings: Settings) -> None:
