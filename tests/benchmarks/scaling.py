@@ -98,9 +98,7 @@ def main() -> None:
         hops = m["device calls"] * (link["launch"] + 2 * (world_size - 1) * link["hop"])
         lost = ring + hops + m["host calls"] * HOST_EXCHANGE
         print(f"{world_size:3d} GPUs: {1e3 * ring:.2f} ms moving bytes + {1e3 * hops:.2f} ms latency + hosts", end="")
-        print(
-            f" = {1e3 * lost:.1f} ms per iteration, efficiency {100 * GPU_ITERATION / (GPU_ITERATION + lost):.1f} %  ({link})"
-        )
+        print(f" = {1e3 * lost:.1f} ms per iteration, efficiency {100 * GPU_ITERATION / (GPU_ITERATION + lost):.1f} %")
 
 
 if __name__ == "__main__":

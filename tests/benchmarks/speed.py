@@ -1,6 +1,7 @@
-"""Speed against rsl_rl 5.5.1: the same environment, networks, batch and threads, in turn A B A B in one process.
+"""Speed against rsl_rl 5.5.1, or skrl: the same environment, networks, batch and threads, in turn A B A B in one process.
 
     python tests/benchmarks/speed.py                              # 1024 environments, 512-256-128
+    python tests/benchmarks/speed.py --peer skrl                  # pip install skrl
     python tests/benchmarks/speed.py --num-envs 8 --hidden-dims 8 8 8 --threads 1     # host overhead alone
     python tests/benchmarks/speed.py --count                      # kernels and waits per mini-batch, on any machine
 
@@ -18,6 +19,7 @@ import pathlib
 import statistics
 import sys
 import time
+from typing import Literal
 
 import torch
 import tyro
@@ -43,6 +45,8 @@ class Settings:
     float32_matmul_precision: str = "highest"
     timeout_bootstrap: str = "reference"
     """`reference` does exactly what rsl_rl does; `final_obs` costs one more value estimate per step."""
+    peer: Literal["rsl_rl", "skrl"] = "rsl_rl"
+    """With whom to compare."""
     count: bool = False
     """Count kernels and host waits of one update instead of timing."""
     json: str = ""
@@ -107,23 +111,121 @@ def time_ours(args, env) -> dict[str, list[float]]:
     return {name: [metrics[f"Perf/{name}_time"] for metrics in history] for name in ("collection", "learning")}
 
 
+def time_skrl(args, env) -> dict[str, list[float]]:
+    """skrl's own agent, memory and trainer, with the networks, batch, coefficients and normalisation of `args`."""
+    import gymnasium
+    import numpy as np
+    import skrl
+    from skrl.agents.torch.ppo import PPO, PPO_CFG
+    from skrl.envs.wrappers.torch import Wrapper
+    from skrl.memories.torch import RandomMemory
+    from skrl.models.torch import DeterministicMixin, GaussianMixin, Model
+    from skrl.resources.preprocessors.torch import RunningStandardScaler
+    from skrl.resources.schedulers.torch import KLAdaptiveLR
+    from skrl.trainers.torch import SequentialTrainer, SequentialTrainerCfg
+
+    import ppo_continuous
+
+    skrl.logger.setLevel("ERROR")
+    size = env.get_observations()["policy"].shape[1]
+    spaces = dict(
+        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (size,)),
+        action_space=gymnasium.spaces.Box(-np.inf, np.inf, (env.num_actions,)),
+    )
+
+    class Wrapped(Wrapper):
+        observation_space, action_space = spaces["observation_space"], spaces["action_space"]
+
+        def reset(self):
+            return self._env.get_observations()["policy"], {}
+
+        def step(self, actions):
+            obs, rewards, dones, extras = self._env.step(actions)
+            truncated = extras["time_outs"].unsqueeze(-1)
+            return obs["policy"], rewards.unsqueeze(-1), dones.unsqueeze(-1) & ~truncated, truncated, {}
+
+        def state(self):
+            return None
+
+        def render(self):
+            return None
+
+        def close(self):
+            pass
+
+    class Policy(GaussianMixin, Model):
+        def __init__(self):
+            Model.__init__(self, **spaces, device=args.device)
+            GaussianMixin.__init__(self)
+            self.net = ppo_continuous.make_mlp(size, env.num_actions, args.actor_hidden_dims, args.activation)
+            self.log_std = torch.nn.Parameter(torch.zeros(env.num_actions))
+
+        def compute(self, inputs, role):
+            return self.net(inputs["observations"]), {"log_std": self.log_std}
+
+    class Value(DeterministicMixin, Model):
+        def __init__(self):
+            Model.__init__(self, **spaces, device=args.device)
+            DeterministicMixin.__init__(self)
+            self.net = ppo_continuous.make_mlp(size, 1, args.critic_hidden_dims, args.activation)
+
+        def compute(self, inputs, role):
+            return self.net(inputs["observations"]), {}
+
+    cfg = PPO_CFG(
+        rollouts=args.num_steps_per_env,
+        learning_epochs=args.num_learning_epochs,
+        mini_batches=args.num_mini_batches,
+        learning_rate=args.learning_rate,
+        learning_rate_scheduler=KLAdaptiveLR,
+        learning_rate_scheduler_kwargs=dict(kl_threshold=args.desired_kl),
+        observation_preprocessor=RunningStandardScaler,
+        observation_preprocessor_kwargs=dict(size=spaces["observation_space"], device=args.device),
+        grad_norm_clip=args.max_grad_norm,
+        entropy_loss_scale=args.entropy_coef,
+        value_loss_scale=args.value_loss_coef,
+        time_limit_bootstrap=True,
+    )
+    cfg.experiment.write_interval = cfg.experiment.checkpoint_interval = 0
+    memory = RandomMemory(memory_size=args.num_steps_per_env, num_envs=args.num_envs, device=args.device)
+    models = {"policy": Policy().to(args.device), "value": Value().to(args.device)}
+    agent = PPO(models=models, memory=memory, cfg=cfg, device=args.device, **spaces)
+    marks, update = [now(args.device)], agent.update
+
+    def marked(**arguments):
+        marks.append(now(args.device))
+        update(**arguments)
+        marks.append(now(args.device))
+
+    agent.update = marked
+    steps = args.max_iterations * args.num_steps_per_env
+    with quiet():
+        options = SequentialTrainerCfg(
+            timesteps=steps, headless=True, disable_progressbar=True, close_environment_at_exit=False
+        )
+        SequentialTrainer(cfg=options, env=Wrapped(env), agents=agent).train()
+    pairs = list(zip(marks, marks[1:]))
+    return {"collection": [b - a for a, b in pairs[::2]], "learning": [b - a for a, b in pairs[1::2]]}
+
+
 def compare(settings: Settings) -> dict:
     from envs import make
 
     args = make_args(settings)
-    rounds = {"rsl_rl": [], "ours": []}
+    peer = time_reference if settings.peer == "rsl_rl" else time_skrl
+    rounds = {settings.peer: [], "ours": []}
     for _ in range(settings.rounds):
-        for name, function in (("rsl_rl", time_reference), ("ours", time_ours)):
+        for name, function in ((settings.peer, peer), ("ours", time_ours)):
             torch.set_num_threads(settings.threads)
             times = function(args, make(args.env, args.num_envs, device=args.device, seed=1))
             times["iteration"] = [a + b for a, b in zip(times["collection"], times["learning"])]
             rounds[name].append({part: statistics.median(values[3:]) for part, values in times.items()})
     figures = {}
     for part in ("collection", "learning", "iteration"):
-        theirs, ours = ([entry[part] for entry in rounds[name]] for name in ("rsl_rl", "ours"))
+        theirs, ours = ([entry[part] for entry in rounds[name]] for name in rounds)
         ratios = sorted(a / b for a, b in zip(theirs, ours))
         medians = statistics.median(theirs), statistics.median(ours)
-        figures[part] = dict(rsl_rl=medians[0], ours=medians[1], ratio=medians[0] / medians[1], low=ratios[0], high=ratios[-1])
+        figures[part] = dict(theirs=medians[0], ours=medians[1], ratio=medians[0] / medians[1], low=ratios[0], high=ratios[-1])
     return figures
 
 
@@ -221,7 +323,7 @@ def main(settings: Settings) -> None:
             f"{settings.env}, {settings.num_envs} environments, {settings.hidden_dims}, {settings.threads} threads, {settings.device}"
         )
         for part, entry in figures.items():
-            times = f"rsl_rl {entry['rsl_rl'] * 1e3:8.1f} ms   ours {entry['ours'] * 1e3:8.1f} ms"
+            times = f"{settings.peer} {entry['theirs'] * 1e3:8.1f} ms   ours {entry['ours'] * 1e3:8.1f} ms"
             print(f"{part:12s} {times}   ratio {entry['ratio']:.2f} ({entry['low']:.2f} to {entry['high']:.2f})")
     if settings.json:
         pathlib.Path(settings.json).write_text(json.dumps(dataclasses.asdict(settings) | {"figures": figures}, indent=1))
