@@ -36,8 +36,8 @@ Differs from ppo_continuous.py:
 - act: asks the teacher too
 - collect: keeps the states; draws who acts where an episode starts
 - draw_who_acts: new, DAgger's mixture
-- behavior_loss: new, instead of ppo_loss (and with it go evaluate, bootstrap_value and compute_gae)
-- gradient_step: new, instead of mini_batch_step (and with it go make_batches and adapt_learning_rate)
+- behavior_loss: new, instead of ppo_loss (and with it go larger, evaluate, bootstrap_value and compute_gae)
+- gradient_step: new, instead of mini_batch_step (and with it go backward, make_batches and adapt_learning_rate)
 - update: replays the rollout in time, a gradient step every gradient_length steps
 - watched: the teacher's actions
 - finite_flags: the behaviour loss
@@ -53,8 +53,8 @@ Differs from ppo_continuous.py:
 - set_up_torch: threads by the size of the student; convolutions keep to the asked precision too
 - resume_state: states, who acts, the teacher's settings
 - load_resume_state: states, who acts
-- train: student and teacher instead of actor and critic; ranks
-- parse_args: of what the environment recommends for PPO only what concerns environments and networks
+- train: student and teacher instead of actor and critic; ranks (and with it goes start_from_policy)
+- recommended: of what the environment recommends for PPO only what concerns environments and networks
 """
 
 from __future__ import annotations
@@ -503,7 +503,7 @@ class CNN(nn.Sequential):
                 layers += [make_activation(args.activation), *([nn.MaxPool2d(3, stride=2, padding=1)] if max_pool else [])]
                 x = layers[-1](x)
             layers += {"none": [], "max": [nn.AdaptiveMaxPool2d(1)], "avg": [nn.AdaptiveAvgPool2d(1)]}[global_pool]
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (ArithmeticError, IndexError, KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{settings}: make no encoder of image group {group} {shape}: {error}") from error
         super().__init__(*layers, nn.Flatten())
         self.size = x.shape[1:].numel() if global_pool == "none" else x.shape[1]  # L
@@ -789,12 +789,12 @@ def collect(env: VecEnv, storage: TensorDict, episodes: TensorDict, act_rows, ar
     logs = {key: torch.stack(v).mean() if torch.is_tensor(v[0]) else sum(v) / len(v) for key, v in logs.items()}
     if args.beta:
         logs["Policy/beta"] = rows[0]["beta"].mean()
-        rows[0]["beta"].mul_(args.beta_decay)  # beta_i = beta_1 decay^(i - 1)                arXiv:1011.0686 section 4.1
+        rows[0]["beta"].mul_(args.beta_decay)  # beta_i = beta_1 decay^(i - 1), as in arXiv:1011.0686 section 3
     return finish_episodes(episodes, {"reward": storage["rewards"][:-1]}, storage["dones"][:-1]) | logs
 
 
 def draw_who_acts(row: TensorDict, starts: torch.Tensor) -> None:
-    """Where an episode starts (N,), the teacher acts in it with probability beta."""
+    """Where an episode starts (N,), the teacher acts in all of it with probability beta (the paper draws anew at every step)."""
     drawn = torch.rand_like(row["beta"]) < row["beta"]
     row["teacher_acts"].copy_(torch.where(starts, drawn, row["teacher_acts"]))
 
@@ -847,6 +847,7 @@ class Adam(torch.optim.Adam):
         weight_decay = 1e-2 if decoupled_weight_decay else 0.0
         flags = dict(fused=True, capturable=True) if fused else {}
         super().__init__(params, lr=lr, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay, **flags)
+        self._warned_capturable_if_run_uncaptured = True  # the steps before the capture are meant to be eager
         for p in params:
             step_dtype = torch.float32 if fused else torch.get_default_dtype()
             step = torch.zeros((), dtype=step_dtype, device=p.device)
@@ -880,8 +881,9 @@ class Adam(torch.optim.Adam):
 def make_optimizer(params, args: Args) -> torch.optim.Optimizer:
     params = list(params)
     if args.optimizer == "sgd":
-        dtype = torch.float32 if params[0].is_cuda else torch.float64
-        return torch.optim.SGD(params, lr=torch.tensor(args.learning_rate, dtype=dtype, device=params[0].device))
+        fused = params[0].is_cuda  # torch's other kernels read the learning rate on the host
+        lr = torch.tensor(args.learning_rate, dtype=torch.float32 if fused else torch.float64, device=params[0].device)
+        return torch.optim.SGD(params, lr=lr, fused=fused)
     return Adam(params, args.learning_rate, decoupled_weight_decay=args.optimizer == "adamw")
 
 
@@ -932,8 +934,8 @@ class CudaGraph:
     must not read one on the host. What it returns is overwritten by the next call.
     """
 
-    def __init__(self, fn, *args, enabled: bool, generators=()):
-        self.fn, self.args, self.enabled, self.generators = fn, args, enabled, generators
+    def __init__(self, fn, *args, enabled: bool, generators=(), pool=None):
+        self.fn, self.args, self.enabled, self.generators, self.pool = fn, args, enabled, generators, pool
         self.calls, self.graph, self.result = 0, None, None
 
     def __call__(self):
@@ -950,12 +952,12 @@ class CudaGraph:
         for generator in self.generators:
             graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may use CUDA
                 self.result = self.fn(*self.args)
-            self.graph = graph
-        except RuntimeError as error:
-            self.enabled = False
-            print(f"{self.fn.__name__} cannot be captured as a CUDA graph, so it runs eagerly: {str(error).splitlines()[0]}")
+        except RuntimeError as error:  # after which torch's allocator and stream are of no use any more
+            cause = str(error.__context__ or error).splitlines()[0]
+            raise UserError(f"--cuda-graphs: {self.fn.__name__} cannot be captured ({cause}); use --no-cuda-graphs") from error
+        self.graph = graph
 
 
 # ---- NaN guard ------------------------------------------------------------------------------------------------------
@@ -995,7 +997,7 @@ def fetch(metrics: dict) -> dict[str, float]:
     """Bring an iteration's metrics to the host: its one device synchronisation. Values per mini-batch are averaged."""
     tensors = {name: value.reshape(-1) for name, value in metrics.items() if torch.is_tensor(value)}
     numbers = iter(torch.cat([value.double() for value in tensors.values()]).tolist())
-    means = {name: sum(next(numbers) for _ in value) / len(value) for name, value in tensors.items()}
+    means = {name: sum(next(numbers) for _ in range(len(value))) / len(value) for name, value in tensors.items()}
     metrics = metrics | means
     return metrics
 
@@ -1060,7 +1062,7 @@ def make_run_dir(args: Args, env: VecEnv) -> pathlib.Path | None:
     (run_dir / "env.yaml").write_text(to_yaml(getattr(env, "cfg", None)))
     shutil.copy(__file__, run_dir)
     git = subprocess.run("git rev-parse HEAD && git diff HEAD", shell=True, cwd=pathlib.Path(__file__).resolve().parent,
-                         capture_output=True, text=True)  # fmt: skip
+                         capture_output=True, text=True, errors="replace")  # fmt: skip
     (run_dir / "git.diff").write_text(git.stdout)
     return run_dir
 
@@ -1099,6 +1101,8 @@ def make_writer(args: Args, env: VecEnv, run_dir: pathlib.Path | None):
 def upload(path: pathlib.Path, iteration: int, args: Args, writer) -> None:
     """Hand a checkpoint or a film to the logger, where it has a place for it."""
     kind = "model" if path.suffix == ".pt" else "video"
+    if not path.exists():  # an environment that cannot draw
+        return
     if hasattr(writer, f"save_{kind}"):  # rsl_rl's writers
         getattr(writer, f"save_{kind}")(path if kind == "video" else str(path), iteration)
     elif args.logger == "wandb" and writer:
@@ -1184,16 +1188,20 @@ def find_checkpoint(args: Args) -> pathlib.Path:
             raise UserError(f"--checkpoint {args.checkpoint}: there is no such file")
         return pathlib.Path(args.checkpoint)
     wanted = args.checkpoint or r"model_\d+\.pt"
-    runs = [run for run in sorted(experiment_dir(args).glob("*")) if re.fullmatch(args.load_run, run.name)]
-    files = [[file for file in run.glob("model_*.pt") if re.fullmatch(wanted, file.name)] for run in runs]
+    searched = f"--load-run {args.load_run} --checkpoint {wanted}"
+    runs = [run for run in sorted(experiment_dir(args).glob("*")) if not run.name.startswith("wandb_")]  # those are downloads
+    try:
+        runs = [run for run in runs if re.fullmatch(args.load_run, run.name)]
+        files = [[file for file in run.glob("model_*.pt") if re.fullmatch(wanted, file.name)] for run in runs]
+    except re.error as error:
+        raise UserError(f"{searched}: is no regular expression ({error})") from error
     if not any(files):
-        searched = f"--load-run {args.load_run} --checkpoint {wanted}"
         raise UserError(f"{searched}: nothing in {experiment_dir(args)} matches; --checkpoint also takes a path")
     return max([found for found in files if found][-1], key=iteration_of)
 
 
 def iteration_of(file) -> int:
-    return int(re.findall(r"\d+", file.name)[-1])
+    return int((re.findall(r"\d+", file.name) or [-1])[-1])
 
 
 def download_checkpoint(args: Args) -> pathlib.Path:
@@ -1296,7 +1304,8 @@ def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", ar
     layers = [value for key, value in state.items() if re.fullmatch(r"mlp\.\d+\.weight", key)]
     first, outputs = state.get("rnn.rnn.weight_ih_l0", layers[0]), 1 if args.distribution == "gaussian" else 2
     student = Model(shapes or {"obs": (first.shape[1],)}, layers[-1].shape[0] // outputs, args)
-    student.dtypes = {group: checkpoint["resume"]["obs"][group].dtype for group in student.images}
+    resume = checkpoint.get("resume", {})  # of ppo_cnn.py or of this script
+    student.dtypes = resume.get("actor_dtypes") or {group: resume["obs"][group].dtype for group in student.images}
     restore({"student": student.to(device)}, {"student_state_dict": state}, pathlib.Path(path))
     return LoadedPolicy(student, tuple(shapes) or args.student_obs)
 
@@ -1442,7 +1451,7 @@ def join_ranks(args: Args) -> Args:
     """Under torchrun: join the other ranks. Each has random streams of its own; rank 0 alone prints, logs and saves."""
     if "RANK" not in os.environ:
         return args
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and args.device in ("auto", "cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     rank = dist.get_rank()
@@ -1488,6 +1497,8 @@ def resolve_device(args: Args) -> torch.device:
 
 
 def set_up_torch(args: Args, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, events and random states are those of the current device
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision(args.float32_matmul_precision)
     torch.backends.cudnn.allow_tf32 = args.float32_matmul_precision != "highest"
@@ -1563,10 +1574,11 @@ def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: 
         torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
     if resume["env"] is None or resume["args"]["num_envs"] != env.num_envs:
         return print("the environment starts afresh: it cannot restore its state, or has another number of environments")
-    env.load_state_dict(resume["env"])
+    if env.load_state_dict(resume["env"]) is False:
+        return print("the environment starts afresh: it has restored no more than its counters")
     storage["obs"][-1].update_(TensorDict(resume["obs"]))
     storage["state"][-1].update_(TensorDict(resume["state"]))
-    storage["teacher_acts"][-1].copy_(resume["teacher_acts"])
+    storage["teacher_acts"][-1].copy_(resume["teacher_acts"] & (storage["beta"][-1] > 0))
     episodes.update_(TensorDict(resume["episodes"]))
 
 
@@ -1613,28 +1625,34 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     run_dir = make_run_dir(args, env)
     writer = make_writer(args, env, run_dir)
 
-    backup = [tensor.clone() for tensor in tensors_of(agent)]
+    backup = [tensor.clone() for tensor in tensors_of(agent)]  # for the NaN guard
     loss_fn = torch.compile(behavior_loss) if args.compile else behavior_loss
     graphs = args.cuda_graphs and device.type == "cuda"
-    whole = graphs and getattr(env, "capturable", False)  # else each policy step is a graph, and env.step runs outside
-    act_rows = [CudaGraph(act, student, teacher, row, enabled=graphs and not whole) for row in storage.unbind(0)[:-1]]
-    generators = [env.generator] if whole else []
+    whole = graphs and getattr(env, "capturable", False) and torch.device(env.device).type == "cuda"
+    # Where env.step cannot be captured, every policy step is a graph of its own; replayed in turn, they share their memory.
+    each = dict(enabled=graphs and not whole, pool=torch.cuda.graph_pool_handle() if graphs else None)
+    act_rows = [CudaGraph(act, student, teacher, row, **each) for row in storage.unbind(0)[:-1]]
+    generators = [env.generator] if whole and hasattr(env, "generator") else []
     run_collect = CudaGraph(collect, env, storage, episodes, act_rows, args, enabled=whole, generators=generators)
     run_update = CudaGraph(update, student, optimizer, storage, loss_fn, args, enabled=graphs)
 
     history = []
     with stop_signals() as stop:
         for iteration in range(start, args.max_iterations):
+            torch._foreach_copy_(backup, tensors_of(agent))
             times = [timestamp(device)]
             metrics = run_collect()
             times.append(timestamp(device))
-            torch._foreach_copy_(backup, tensors_of(agent))
             metrics = metrics | run_update()
             times.append(timestamp(device))
             metrics = fetch(metrics)
             if any_rank(not all(value for name, value in metrics.items() if name.startswith("finite/"))):
                 torch._foreach_copy_(tensors_of(agent), backup)
-                raise FloatingPointError(describe_nan(metrics, iteration, storage, run_dir))
+                message = describe_nan(metrics, iteration, storage, run_dir)
+                if run_dir and iteration > start and not (run_dir / f"model_{iteration - 1}.pt").exists():
+                    resume = resume_state(args, env, agent, storage, episodes) | {"env": None}
+                    save_checkpoint(run_dir / f"model_{iteration - 1}.pt", agent, iteration - 1, resume)
+                raise FloatingPointError(message)
             history.append(summarize(metrics, times, args))
             log_iteration(history[-1], iteration, args, writer)
             last = any_rank(bool(stop)) or iteration == args.max_iterations - 1
@@ -1646,6 +1664,7 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
                 film_env = make_env(dataclasses.replace(args, num_envs=1), device, play=True)
                 policy = LoadedPolicy(student, tuple(student.shapes))
                 roll_out(film_env, policy, device, args, film=run_dir / f"video_{iteration}")
+                getattr(film_env, "close", lambda: None)()
                 upload(run_dir / f"video_{iteration}.gif", iteration, args, writer)
             if last:
                 break
@@ -1668,20 +1687,29 @@ def close(env: VecEnv, writer, args: Args) -> None:
 
 
 def parse_args() -> Args:
-    """The command line, over what the environment recommends of itself and the networks; those that apply are printed."""
-    tuned, first = {}, tyro.cli(Args, args=[x for x in sys.argv[1:] if x not in ("-h", "--help")])
-    if first.env_defaults:
-        with contextlib.suppress(ImportError):  # a copied script has no `envs` beside it
-            from envs import defaults
-
-            for name, value in defaults(first.env).items():  # the others are meant for PPO
-                name = name.replace("actor_", "student_")
-                if name in ("num_envs", "clip_actions", "activation", "student_hidden_dims") or name.startswith("cnn_"):
-                    tuned[name] = value
+    """The command line, over the settings that the environment recommends; those that apply are printed."""
+    first = tyro.cli(Args, args=[x for x in sys.argv[1:] if x not in ("-h", "--help")])
+    tuned = recommended(first.env) if first.env_defaults else {}
     args = tyro.cli(Args, default=Args(env=first.env, **tuned), description=__doc__.split("\n\n")[0])
     kept = [f"{name}={value}" for name, value in tuned.items() if getattr(args, name) == value]
-    print(f"settings that {args.env} recommends (--no-env-defaults: none): {' '.join(kept)}" if kept else "", end="\n")
+    if kept:
+        print(f"settings that {args.env} recommends (--no-env-defaults: none): {' '.join(kept)}")
     return args
+
+
+def recommended(env: str) -> dict[str, Any]:
+    """Of what the environment recommends for PPO, what concerns environments and networks."""
+    try:
+        from envs import defaults
+    except ImportError:  # a copied script has no `envs` beside it
+        return {}
+    try:
+        settings = defaults(env)
+    except (ImportError, ValueError) as error:
+        raise UserError(str(error)) from error
+    settings = {name.replace("actor_", "student_"): value for name, value in settings.items()}
+    wanted = ("num_envs", "clip_actions", "activation", "student_hidden_dims")
+    return {name: value for name, value in settings.items() if name in wanted or name.startswith("cnn_")}
 
 
 def main() -> None:

@@ -634,6 +634,7 @@ class Adam(torch.optim.Adam):
         weight_decay = 1e-2 if decoupled_weight_decay else 0.0
         flags = dict(fused=True, capturable=True) if fused else {}
         super().__init__(params, lr=lr, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay, **flags)
+        self._warned_capturable_if_run_uncaptured = True  # the steps before the capture are meant to be eager
         for p in params:
             step_dtype = torch.float32 if fused else torch.get_default_dtype()
             step = torch.zeros((), dtype=step_dtype, device=p.device)
@@ -667,8 +668,9 @@ class Adam(torch.optim.Adam):
 def make_optimizer(params, args: Args) -> torch.optim.Optimizer:
     params = list(params)
     if args.optimizer == "sgd":
-        dtype = torch.float32 if params[0].is_cuda else torch.float64
-        return torch.optim.SGD(params, lr=torch.tensor(args.learning_rate, dtype=dtype, device=params[0].device))
+        fused = params[0].is_cuda  # torch's other kernels read the learning rate on the host
+        lr = torch.tensor(args.learning_rate, dtype=torch.float32 if fused else torch.float64, device=params[0].device)
+        return torch.optim.SGD(params, lr=lr, fused=fused)
     return Adam(params, args.learning_rate, decoupled_weight_decay=args.optimizer == "adamw")
 
 
@@ -735,8 +737,8 @@ class CudaGraph:
     must not read one on the host. What it returns is overwritten by the next call.
     """
 
-    def __init__(self, fn, *args, enabled: bool, generators=()):
-        self.fn, self.args, self.enabled, self.generators = fn, args, enabled, generators
+    def __init__(self, fn, *args, enabled: bool, generators=(), pool=None):
+        self.fn, self.args, self.enabled, self.generators, self.pool = fn, args, enabled, generators, pool
         self.calls, self.graph, self.result = 0, None, None
 
     def __call__(self):
@@ -753,12 +755,12 @@ class CudaGraph:
         for generator in self.generators:
             graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may use CUDA
                 self.result = self.fn(*self.args)
-            self.graph = graph
-        except RuntimeError as error:
-            self.enabled = False
-            print(f"{self.fn.__name__} cannot be captured as a CUDA graph, so it runs eagerly: {str(error).splitlines()[0]}")
+        except RuntimeError as error:  # after which torch's allocator and stream are of no use any more
+            cause = str(error.__context__ or error).splitlines()[0]
+            raise UserError(f"--cuda-graphs: {self.fn.__name__} cannot be captured ({cause}); use --no-cuda-graphs") from error
+        self.graph = graph
 
 
 # ---- NaN guard ------------------------------------------------------------------------------------------------------
@@ -799,7 +801,7 @@ def fetch(metrics: dict) -> dict[str, float]:
     """Bring an iteration's metrics to the host: its one device synchronisation. Values per mini-batch are averaged."""
     tensors = {name: value.reshape(-1) for name, value in metrics.items() if torch.is_tensor(value)}
     numbers = iter(torch.cat([value.double() for value in tensors.values()]).tolist())
-    means = {name: sum(next(numbers) for _ in value) / len(value) for name, value in tensors.items()}
+    means = {name: sum(next(numbers) for _ in range(len(value))) / len(value) for name, value in tensors.items()}
     metrics = metrics | means
     return metrics
 
@@ -864,7 +866,7 @@ def make_run_dir(args: Args, env: VecEnv) -> pathlib.Path | None:
     (run_dir / "env.yaml").write_text(to_yaml(getattr(env, "cfg", None)))
     shutil.copy(__file__, run_dir)
     git = subprocess.run("git rev-parse HEAD && git diff HEAD", shell=True, cwd=pathlib.Path(__file__).resolve().parent,
-                         capture_output=True, text=True)  # fmt: skip
+                         capture_output=True, text=True, errors="replace")  # fmt: skip
     (run_dir / "git.diff").write_text(git.stdout)
     return run_dir
 
@@ -903,6 +905,8 @@ def make_writer(args: Args, env: VecEnv, run_dir: pathlib.Path | None):
 def upload(path: pathlib.Path, iteration: int, args: Args, writer) -> None:
     """Hand a checkpoint or a film to the logger, where it has a place for it."""
     kind = "model" if path.suffix == ".pt" else "video"
+    if not path.exists():  # an environment that cannot draw
+        return
     if hasattr(writer, f"save_{kind}"):  # rsl_rl's writers
         getattr(writer, f"save_{kind}")(path if kind == "video" else str(path), iteration)
     elif args.logger == "wandb" and writer:
@@ -988,16 +992,20 @@ def find_checkpoint(args: Args) -> pathlib.Path:
             raise UserError(f"--checkpoint {args.checkpoint}: there is no such file")
         return pathlib.Path(args.checkpoint)
     wanted = args.checkpoint or r"model_\d+\.pt"
-    runs = [run for run in sorted(experiment_dir(args).glob("*")) if re.fullmatch(args.load_run, run.name)]
-    files = [[file for file in run.glob("model_*.pt") if re.fullmatch(wanted, file.name)] for run in runs]
+    searched = f"--load-run {args.load_run} --checkpoint {wanted}"
+    runs = [run for run in sorted(experiment_dir(args).glob("*")) if not run.name.startswith("wandb_")]  # those are downloads
+    try:
+        runs = [run for run in runs if re.fullmatch(args.load_run, run.name)]
+        files = [[file for file in run.glob("model_*.pt") if re.fullmatch(wanted, file.name)] for run in runs]
+    except re.error as error:
+        raise UserError(f"{searched}: is no regular expression ({error})") from error
     if not any(files):
-        searched = f"--load-run {args.load_run} --checkpoint {wanted}"
         raise UserError(f"{searched}: nothing in {experiment_dir(args)} matches; --checkpoint also takes a path")
     return max([found for found in files if found][-1], key=iteration_of)
 
 
 def iteration_of(file) -> int:
-    return int(re.findall(r"\d+", file.name)[-1])
+    return int((re.findall(r"\d+", file.name) or [-1])[-1])
 
 
 def download_checkpoint(args: Args) -> pathlib.Path:
@@ -1043,7 +1051,7 @@ class LoadedPolicy:
         """obs: a TensorDict (or dict) of groups, (B, ...) each, or the actor's groups concatenated, (B, O)."""
         if not torch.is_tensor(obs):
             groups = self.groups or first_group(obs, "actor", "policy", "state")
-            obs = torch.cat([obs[group] for group in groups], dim=-1)
+            obs = torch.cat([obs[group] for group in groups], dim=-1).to(self.module.mlp[0].weight.dtype)
         return self.module(obs)
 
     def reset(self, dones: torch.Tensor | None = None) -> None:
@@ -1204,6 +1212,8 @@ def resolve_device(args: Args) -> torch.device:
 
 
 def set_up_torch(args: Args, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, events and random states are those of the current device
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision(args.float32_matmul_precision)
     if args.num_threads:
@@ -1272,7 +1282,8 @@ def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: 
         torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
     if resume["env"] is None or resume["args"]["num_envs"] != env.num_envs:
         return print("the environment starts afresh: it cannot restore its state, or has another number of environments")
-    env.load_state_dict(resume["env"])
+    if env.load_state_dict(resume["env"]) is False:
+        return print("the environment starts afresh: it has restored no more than its counters")
     storage["obs"][-1].update_(env.get_observations().to(storage.device))
     episodes.update_(TensorDict(resume["episodes"]))
 
@@ -1325,12 +1336,14 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
 
     samples = args.num_envs * args.num_steps_per_env // args.num_mini_batches * args.num_mini_batches
     permutation = torch.zeros(samples, dtype=torch.long, device=device)
-    backup = [tensor.clone() for tensor in tensors_of(agent)]
+    backup = [tensor.clone() for tensor in tensors_of(agent)]  # for the NaN guard
     loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
     graphs = args.cuda_graphs and device.type == "cuda"
-    whole = graphs and getattr(env, "capturable", False)  # else each policy step is a graph, and env.step runs outside
-    act_rows = [CudaGraph(act, actor, critic, row, enabled=graphs and not whole) for row in storage.unbind(0)[:-1]]
-    generators = [env.generator] if whole else []
+    whole = graphs and getattr(env, "capturable", False) and torch.device(env.device).type == "cuda"
+    # Where env.step cannot be captured, every policy step is a graph of its own; replayed in turn, they share their memory.
+    each = dict(enabled=graphs and not whole, pool=torch.cuda.graph_pool_handle() if graphs else None)
+    act_rows = [CudaGraph(act, actor, critic, row, **each) for row in storage.unbind(0)[:-1]]
+    generators = [env.generator] if whole and hasattr(env, "generator") else []
     run_collect = CudaGraph(collect, env, critic, storage, episodes, act_rows, args, enabled=whole, generators=generators)
     run_update = CudaGraph(update, actor, critic, optimizer, storage, permutation, loss_fn, args, enabled=graphs)
 
@@ -1341,14 +1354,18 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
             times = [timestamp(device)]
             metrics = run_collect()
             times.append(timestamp(device))
-            permutation.copy_(torch.randperm(samples, device=device))
+            torch.randperm(samples, out=permutation)
             metrics = metrics | run_update()
             times.append(timestamp(device))
             stopping = bool(stop)
             metrics = fetch(metrics)
             if not all(value for name, value in metrics.items() if name.startswith("finite/")):
                 torch._foreach_copy_(tensors_of(agent), backup)
-                raise FloatingPointError(describe_nan(metrics, iteration, storage, run_dir))
+                message = describe_nan(metrics, iteration, storage, run_dir)
+                if run_dir and iteration > start and not (run_dir / f"model_{iteration - 1}.pt").exists():
+                    resume = resume_state(args, env, actor, storage, episodes) | {"env": None}
+                    save_checkpoint(run_dir / f"model_{iteration - 1}.pt", agent, iteration - 1, resume)
+                raise FloatingPointError(message)
             history.append(summarize(metrics, times, args))
             log_iteration(history[-1], iteration, args, writer)
             last = stopping or iteration == args.max_iterations - 1
@@ -1360,6 +1377,7 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
                 film_env = make_env(dataclasses.replace(args, num_envs=1), device, play=True)
                 policy = LoadedPolicy(copy.deepcopy(actor).eval(), tuple(actor.shapes))
                 roll_out(film_env, policy, device, args, film=run_dir / f"video_{iteration}")
+                getattr(film_env, "close", lambda: None)()
                 upload(run_dir / f"video_{iteration}.gif", iteration, args, writer)
             if last:
                 break

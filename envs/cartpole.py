@@ -58,8 +58,9 @@ class Cartpole(TorchEnv):
         return rewards, x.abs() > TRACK, {"Metrics/upright": upright}
 
     def _reset(self, mask):
-        offset = torch.tensor([0.0, 0.0, math.pi, 0.0], dtype=self.dtype, device=self.device)
-        self._assign(mask, state=offset + self._uniform(-0.05, 0.05, 4))
+        state = self._uniform(-0.05, 0.05, 4)
+        state[:, 2].add_(math.pi)  # hanging
+        self._assign(mask, state=state)
 
     def _observe(self):
         x, x_dot, theta, theta_dot = self.state.unbind(1)

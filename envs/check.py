@@ -78,8 +78,9 @@ def _check_attributes(env, report: Report) -> bool:
         return False
     for name in ("num_envs", "num_actions", "max_episode_length"):
         value = getattr(env, name)
-        number = isinstance(value, int) or (name == "max_episode_length" and isinstance(value, (float, torch.Tensor)))
-        report.error(not number or value < 1, f"{name} is {value!r}, not a positive int")
+        number = isinstance(value, int) or (name == "max_episode_length" and isinstance(value, float))
+        number = number or (name == "max_episode_length" and isinstance(value, torch.Tensor) and value.numel() == 1)
+        report.error(not number or value < 1, f"{name} is {value!r}, not one positive number for all environments")
     if report.errors:
         return False
     length = env.episode_length_buf

@@ -30,8 +30,12 @@ class EnvPoolEnv(NumpyVecEnv):
         return self.vec.render(0)[0]
 
 
-def make(name: str, num_envs: int, device: str = "cpu", seed: int = 0, play: bool = False, **options) -> EnvPoolEnv:
+def make(
+    name: str, num_envs: int, device: str = "cpu", seed: int = 0, play: bool = False, terminations: bool = True, **options
+) -> EnvPoolEnv:
     """`num_envs` environments of an EnvPool task; `options` go to `envpool.make`. `play` switches the renderer on."""
+    if not terminations:
+        raise ValueError(f"--no-terminations: envpool:{name} ends its episodes itself and cannot be told not to")
     if name not in envpool.list_all_envs():
         raise ValueError(f"envpool:{name}: EnvPool has no such environment; envpool.list_all_envs() names them")
     if play:

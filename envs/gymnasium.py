@@ -101,8 +101,12 @@ class GymnasiumEnv(NumpyVecEnv):
         return self.vec.envs[0].render()
 
 
-def make(name: str, num_envs: int, device: str = "cpu", seed: int = 0, play: bool = False, **options) -> GymnasiumEnv:
+def make(
+    name: str, num_envs: int, device: str = "cpu", seed: int = 0, play: bool = False, terminations: bool = True, **options
+) -> GymnasiumEnv:
     """`num_envs` copies of a registered environment; `options` go to its constructor. `play` switches the renderer on."""
+    if not terminations:
+        raise ValueError(f"--no-terminations: gym:{name} ends its episodes itself and cannot be told not to")
     if play:
         options.setdefault("render_mode", "rgb_array")
         if sys.platform == "linux" and "DISPLAY" not in os.environ:

@@ -60,8 +60,10 @@ class IsaacLabEnv:
         return self.env.unwrapped.render()
 
 
-def make(name, num_envs, device="cuda:0", seed=0, play=False, **options) -> IsaacLabEnv:
+def make(name, num_envs, device="cuda:0", seed=0, play=False, terminations=True, **options) -> IsaacLabEnv:
     """Build a task. `play` takes the task's own play variant (`...-Play-v0`) where there is one; `options` go to `gym.make`."""
+    if not terminations:
+        raise ValueError(f"--no-terminations: isaaclab:{name} ends its episodes itself; its play variant may not")
     _start()
     import gymnasium
     from isaaclab_rl.rsl_rl import RslRlVecEnvWrapper

@@ -41,8 +41,10 @@ class MjlabEnv(RslRlVecEnvWrapper):
         """What mjlab's own checkpoints keep of the environment: the step counter that its curricula follow."""
         return {"common_step_counter": self.unwrapped.common_step_counter}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict) -> bool:
+        """False: episodes start afresh all the same."""
         self.unwrapped.common_step_counter = state["common_step_counter"]
+        return False
 
 
 def make(name, num_envs, device="cpu", seed=0, play=False, terminations=True, **options) -> MjlabEnv:

@@ -98,8 +98,12 @@ class PlaygroundEnv:
         return TensorDict(tensors, batch_size=[self.num_envs], device=self.device)
 
 
-def make(name: str, num_envs: int, device: str = "cpu", seed: int = 0, play: bool = False, **options) -> PlaygroundEnv:
+def make(
+    name: str, num_envs: int, device: str = "cpu", seed: int = 0, play: bool = False, terminations: bool = True, **options
+) -> PlaygroundEnv:
     """Build a task; `options` override its config. `play` is accepted for uniformity."""
+    if not terminations:
+        raise ValueError(f"--no-terminations: playground:{name} ends its episodes itself and cannot be told not to")
     if name not in registry.ALL_ENVS:
         raise ValueError(f"playground:{name}: there is no such task; there are {', '.join(registry.ALL_ENVS)}")
     config = registry.get_default_config(name)

@@ -15,8 +15,9 @@ CNN = ("output_channels", "kernel_size", "stride", "dilation", "padding", "norm"
 def from_rsl_rl(cfg: dict) -> dict:
     """Translate a runner config, as nested dicts, to `Args` field names.
 
-    Both layouts are read: `actor` and `critic` (rsl_rl 4 and later) and one `policy` (before). What a config does not say,
-    and what the scripts have no name for, is left out.
+    Both layouts are read: `actor` and `critic` (rsl_rl 4 and later) and one `policy` (before). What a config does not say is
+    left out, and so are RND and symmetry (`rnd_cfg`, `symmetry_cfg`): they are asked for by running their script. Of the
+    encoders of several image groups what they have in common is taken.
     """
     algorithm, groups = cfg.get("algorithm", {}), cfg.get("obs_groups")
     groups = groups if isinstance(groups, dict) else {}
@@ -29,8 +30,11 @@ def from_rsl_rl(cfg: dict) -> dict:
             "obs_normalization": actor.get("obs_normalization"),
             "init_std": distribution.get("init_std"),
             "std_type": distribution.get("std_type"),
+            "learn_std": distribution.get("learn_std"),
+            "action_range": distribution.get("action_range"),
         }
-        heteroscedastic = "Heteroscedastic" in distribution.get("class_name", "")
+        name = distribution.get("class_name", "")
+        kind = "heteroscedastic" if "Heteroscedastic" in name else "beta" if "Beta" in name else None
     else:
         actor = cfg["policy"]
         wanted = {
@@ -40,13 +44,17 @@ def from_rsl_rl(cfg: dict) -> dict:
             "init_std": actor.get("init_noise_std"),
             "std_type": actor.get("noise_std_type"),
         }
-        heteroscedastic = actor.get("state_dependent_std", False)
+        kind = "heteroscedastic" if actor.get("state_dependent_std") else None
     wanted |= {name: cfg.get(name) for name in RUNNER} | {name: algorithm.get(name) for name in ALGORITHM}
-    wanted |= {"activation": actor.get("activation"), "distribution": "heteroscedastic" if heteroscedastic else None}
+    wanted |= {"activation": actor.get("activation"), "distribution": kind}
     wanted |= {"actor_obs": groups.get("actor", groups.get("policy")), "critic_obs": groups.get("critic")}
     if actor.get("rnn_type"):
         wanted |= {name: actor.get(name) for name in RNN}
-    wanted |= {f"cnn_{name}": value for name, value in (actor.get("cnn_cfg") or {}).items() if name in CNN}
+    cnn = actor.get("cnn_cfg") or {}
+    if all(isinstance(group, dict) for group in cnn.values()):  # one for each image group: what they have in common
+        first, *others = cnn.values() if cnn else [{}]
+        cnn = {name: value for name, value in first.items() if all(group.get(name) == value for group in others)}
+    wanted |= {f"cnn_{name}": value for name, value in cnn.items() if name in CNN}
     return {name: _plain(value) for name, value in wanted.items() if isinstance(value, (bool, int, float, str, list, tuple))}
 
 

@@ -117,4 +117,5 @@ class TorchEnv:
         for name, value in state["tensors"].items():
             getattr(self, name).copy_(value)
         self._obs.update_(TensorDict(state["obs"], batch_size=[self.num_envs]))
-        self.generator.set_state(state["generator"].cpu())
+        if state["generator"].numel() == self.generator.get_state().numel():  # a GPU's random stream cannot go on on a CPU
+            self.generator.set_state(state["generator"].cpu())

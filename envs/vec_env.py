@@ -24,7 +24,7 @@ class VecEnv(Protocol):
     num_actions: int
     """A, the number of actions of one environment."""
     max_episode_length: int | torch.Tensor
-    """Env steps after which an episode is cut by a time-out."""
+    """Env steps after which an episode is cut by a time-out: one number for all environments."""
     episode_length_buf: torch.Tensor
     """(N,) integer: env steps since the last reset. Settable: training starts with random episode lengths."""
     device: torch.device | str
@@ -36,7 +36,8 @@ class VecEnv(Protocol):
     #   step_dt: float                         seconds per env step (else 1.0)
     #   capturable: bool                       `step` may run inside a CUDA graph: static shapes, state updated in place
     #   generator: torch.Generator             the environment's own random stream (a CUDA graph has to know it)
-    #   state_dict() / load_state_dict(d)      full simulation state, so that a resumed run continues where it stopped
+    #   state_dict() / load_state_dict(d)      full simulation state, so that a resumed run continues where it stopped; where
+    #                                          it is not all, and episodes start afresh, load_state_dict returns False
     #   render() -> (H, W, 3) uint8 array      a picture of environment 0
     #   tracking() -> {name: (N, 2) tensor}    commanded and actual value of each tracked quantity, for `--play`
     #   symmetry(env, obs, actions)            mirror function for ppo_symmetry.py

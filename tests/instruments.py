@@ -89,6 +89,8 @@ class EmulatedGraph(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if name in WAITING:
             raise RuntimeError(f"{name} inside a captured function: a CUDA graph cannot wait for the host")
+        if name == "lift_fresh":
+            raise RuntimeError("torch.tensor inside a captured function: on CUDA that copies from the host, and waits")
         result = func(*args, **kwargs)
         if not is_view(func):
             self.tape.append((func, args, kwargs, result))

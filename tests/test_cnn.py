@@ -1,6 +1,5 @@
 """ppo_cnn.py against rsl_rl's CNNModel, and what it promises beyond: frugal storage, shared encoders, exports."""
 
-import copy
 
 import cases
 import pytest
@@ -133,12 +132,20 @@ def test_exports_have_one_input_for_each_image(groups, tmp_path):
     assert torch.allclose(torch.as_tensor(onnx), policy(obs), atol=1e-5) and torch.equal(script, policy(obs))
 
 
-def test_a_film_does_not_stop_batch_norms_from_learning():
-    _, obs, actor, _ = models(cnn_norm="batch")
-    before = {name: x.clone() for name, x in actor.state_dict().items()}
-    ppo_cnn.LoadedPolicy(copy.deepcopy(actor).eval(), ("policy", "image"))(obs)
-    assert all(module.training for module in actor.cnns.modules())
-    assert all(torch.equal(x, before[name]) for name, x in actor.state_dict().items())
+def test_a_film_does_not_stop_batch_norms_from_learning(tmp_path):
+    settings = dict(cnn_norm="batch", env="cameras:make", max_iterations=3, logger="none")
+    _, plain = train(arguments(**settings))
+    _, filmed = train(arguments(**settings, log_root=str(tmp_path), video_interval=1))
+    for name, x in plain["actor"].state_dict().items():
+        assert torch.equal(x, filmed["actor"].state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(cnn_stride=0, cnn_padding="zeros"), dict(cnn_kernel_size=99)], ids=["stride", "kernel"]
+)
+def test_impossible_encoders_are_refused(settings):
+    with pytest.raises(ppo_cnn.UserError, match="make no encoder of image group"):
+        models(**settings)
 
 
 def test_resumed_run_continues_bit_for_bit(tmp_path):

@@ -515,7 +515,7 @@ def test_captured_run_equals_eager_run(settings, capturable, monkeypatch, no_exp
     args = student_args(path, num_envs=8, num_steps_per_env=12, max_iterations=5, **({"gradient_length": 4} | settings))
     eager, expected = distil(args)
 
-    def graph(fn, *arguments, enabled, generators=()):
+    def graph(fn, *arguments, **_):
         on = fn.__name__ == "update" or (fn.__name__ == "collect") == capturable
         return instruments.EmulatedGraph(fn, *arguments) if on else lambda: fn(*arguments)
 

@@ -105,6 +105,14 @@ def test_bad_checkpoints(content, message):
     assert f"--checkpoint {path}" in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("flags", [dict(load_run="*"), dict(checkpoint="model_(.pt")], ids=["run", "checkpoint"])
+def test_what_is_no_regular_expression_is_refused(flags):
+    pathlib.Path("logs/ppo_continuous_cartpole/2026-01-01").mkdir(parents=True)
+    pathlib.Path("logs/ppo_continuous_cartpole/2026-01-01/model_1.pt").touch()
+    with pytest.raises(module.UserError, match="is no regular expression"):
+        module.find_checkpoint(module.Args(env="cartpole", **flags))
+
+
 def test_checkpoint_that_would_run_code_is_refused():
     class Payload:
         def __reduce__(self):

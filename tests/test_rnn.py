@@ -295,7 +295,7 @@ def test_captured_run_equals_eager_run(rnn_type, capturable, monkeypatch):
     args = small(rnn_type=rnn_type, num_envs=8, max_iterations=5, num_steps_per_env=8, timeout_bootstrap="final_obs")
     eager = ppo_rnn.train(args)
 
-    def graph(fn, *arguments, enabled, generators=()):
+    def graph(fn, *arguments, **_):
         on = fn.__name__ == "update" or (fn.__name__ == "collect") == capturable
         return instruments.EmulatedGraph(fn, *arguments) if on else lambda: fn(*arguments)
 

@@ -145,9 +145,10 @@ def test_kill_9_then_resume():
     assert len(history) == 2 and saved >= 2
 
 
-def test_sigterm_finishes_the_iteration_saves_and_exits_0():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_finishes_the_iteration_saves_and_exits_0(number):
     process = start_training("--save-interval", "1000", "--logger", "none")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     last = int(output.rsplit("\niteration ", 1)[1].split("/")[0]) if "\niteration " in output else 3
@@ -171,13 +172,15 @@ def test_nan_stops_the_run(fault, named):
         module.train(good, toy.Toy(8))
         expected = [x.clone() for x in tensors_of(trained)]
         with pytest.raises(FloatingPointError) as error:
-            module.train(args_of(save_interval=1, init_at_random_ep_len=False), toy.Toy(8, fault=fault))
+            module.train(args_of(save_interval=1000, init_at_random_ep_len=False), toy.Toy(8, fault=fault))
     finally:
         module.tensors_of = tensors_of
     step = 12 if fault[0] == "obs" else 11  # the observation that follows action 11 is row 12
     assert f"iteration 2: {named} is not finite from step {step} on, in environments [3]" in str(error.value)
     assert all(torch.equal(x, y) for x, y in zip(expected, tensors_of(trained), strict=True))
     assert {file.name for file in only_run().glob("*.pt")} == {"model_0.pt", "model_1.pt", "nan_2.pt"}
+    saved = module.load_checkpoint(only_run() / "model_1.pt", torch.device("cpu"))  # of the last good iteration
+    assert saved["iter"] == 1 and torch.equal(saved["actor_state_dict"]["mlp.0.weight"], trained["actor"].mlp[0].weight)
     assert torch.load(only_run() / "nan_2.pt", weights_only=True)["rewards"].shape == (25, 8)
 
 
@@ -228,6 +231,28 @@ def test_play_writes_film_and_plot(capsys):
     output = capsys.readouterr().out
     assert output.count("\nepisode ") == 2 and means["episode_length"] > 0
     module.play(args_of(agent="random", play_envs=2, env="toy:make"))
+
+
+def test_play_plots_commanded_against_actual():
+    module.play(args_of(agent="zero", env="quadruped", play_envs=2))
+    [plot] = pathlib.Path("logs").glob("*/play_zero.png")
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_environment_that_cannot_draw_is_trained_and_played():
+    """And one whose observations are float64: training stores them in the networks' type, and so must a policy take them."""
+    module.train(args_of(env="toy:make", max_iterations=1, video_interval=1, logger="tensorboard"))
+    policy = module.load_policy(only_run() / "model_0.pt")
+    obs = toy.Toy(8).get_observations()
+    assert torch.equal(policy(obs), policy({group: x.double() for group, x in obs.items()}))
+
+
+def test_a_download_is_not_the_newest_run():
+    module.train(args_of(max_iterations=1), make("cartpole", 16))
+    own = only_run()
+    (own.parent / "wandb_abc").mkdir()
+    (own.parent / "wandb_abc" / "model_900.pt").touch()
+    assert module.find_checkpoint(args_of()) == own / "model_0.pt"
 
 
 def test_no_terminations():
@@ -303,11 +328,12 @@ def test_wandb_run_path(monkeypatch):
     assert module.find_checkpoint(args_of(wandb_run_path="me/walking/abc")).read_bytes() == source.read_bytes()
 
 
-def test_copied_script_runs_alone(tmp_path):
+@pytest.mark.parametrize("name", ["ppo_continuous", "ppo_rnn", "ppo_cnn", "ppo_multigpu"])
+def test_copied_script_runs_alone(name, tmp_path):
     """Outside the repository, with a five-line environment and nothing else."""
     folder = tmp_path / "project"
     folder.mkdir()
-    (folder / "my_ppo.py").write_text(pathlib.Path(SCRIPT).read_text())
+    (folder / "my_ppo.py").write_text(pathlib.Path(SCRIPT).with_name(f"{name}.py").read_text())
     (folder / "toy.py").write_text(pathlib.Path(toy.__file__).read_text())
     flags = ["--env", "toy:make", "--max-iterations", "1", "--logger", "none"]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

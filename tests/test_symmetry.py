@@ -306,7 +306,7 @@ def test_an_iteration_can_be_captured_and_never_waits(name, monkeypatch):
     module.train(args, make_env(name, 16))
     monkeypatch.setattr(module, "update", update)
 
-    def graph(fn, *arguments, enabled, generators=()):
+    def graph(fn, *arguments, **_):
         return instruments.EmulatedGraph(fn, *arguments) if fn.__name__ == "update" else lambda: fn(*arguments)
 
     monkeypatch.setattr(module, "CudaGraph", graph)

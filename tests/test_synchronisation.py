@@ -134,7 +134,7 @@ def test_captured_run_equals_eager_run(env_id, capturable, monkeypatch):
     args = small(module, critic_obs=("policy", "privileged") if "quadruped" in env_id else ("policy",), num_mini_batches=2)
     eager, agent = cases.run(module, args, make(env_id, args.num_envs))
 
-    def graph(fn, *arguments, enabled, generators=()):
+    def graph(fn, *arguments, **_):
         on = fn.__name__ == "update" or (fn.__name__ == "collect") == capturable
         return instruments.EmulatedGraph(fn, *arguments) if on else lambda: fn(*arguments)
 

@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 from symmetry import interval  # noqa: E402
 
 PPO = "--env quadruped-rough --max-iterations 250"
-STUDENT = "--env quadruped-rough --max-iterations 60 --num-envs 256 --num-learning-epochs 4"
+# A student's own last action is among its observations: clipped, or one that is still bad may talk itself into infinity.
+STUDENT = "--env quadruped-rough --max-iterations 60 --num-envs 256 --num-learning-epochs 4 --clip-actions 10"
 GRU, CNN = "--rnn-type gru --rnn-hidden-dim 64", "--cnn-output-channels 8 16 --cnn-stride 2"
 ARMS = {  # name: script and settings
     "PPO, blind": f"ppo_continuous.py {PPO} --actor-obs policy",
@@ -37,6 +38,10 @@ TEACHER = "PPO, privileged: the teacher"
 MEASURES = {"velocity_error": "velocity error [m/s]", "return": "return", "episode_length": "episode length [env steps]"}
 
 
+def name_of(arm: str, seed: int) -> str:
+    return f"{re.sub('[^A-Za-z]+', '_', arm)}_{seed}"
+
+
 def run(command: list[str]) -> str:
     result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
@@ -47,9 +52,9 @@ def run(command: list[str]) -> str:
 def train_and_play(arm: str, seed: int, out: pathlib.Path) -> dict[str, float]:
     """Train one arm as its command line does, then play its policy; means over the 256 episodes."""
     script, *settings = ARMS[arm].split()
-    where = ["--log-root", str(out.resolve()), "--experiment-name", f"{arm}_{seed}".replace(", ", "_").replace(" ", "_")]
+    where = ["--log-root", str(out.resolve()), "--experiment-name", name_of(arm, seed)]
     if script == "distill_dagger.py":
-        settings += ["--teacher", str(out.resolve() / f"{TEACHER}_{seed}".replace(", ", "_").replace(" ", "_"))]
+        settings += ["--teacher", str(out.resolve() / name_of(TEACHER, seed))]
     print_out = run([str(ROOT / script), *settings, *where, "--seed", str(seed), "--save-interval", "1000"])
     times = re.findall(r"collect ([\d.]+) s  learn ([\d.]+) s", print_out)
     played = run([str(ROOT / script), *settings[:2], *where, "--play", "--play-envs", "256", "--seed", "77"])
@@ -66,7 +71,7 @@ def main() -> None:
     results: dict[str, dict[int, dict]] = {arm: {} for arm in ARMS}
     for seed in options.seeds:
         for arm in ARMS:
-            file = options.out / f"{arm}_{seed}.json".replace(", ", "_").replace(" ", "_")
+            file = options.out / f"{name_of(arm, seed)}.json"
             if not file.exists():
                 file.write_text(json.dumps(train_and_play(arm, seed, options.out)))
                 print(f"trained {arm}, seed {seed}", flush=True)
