@@ -59,9 +59,9 @@ def test_missing_attribute(name):
 
 
 ATTRIBUTES = {
-    "num_envs is '4', not a positive int": {"num_envs": "4"},
-    "num_actions is 0, not a positive int": {"num_actions": 0},
-    "max_episode_length is None, not a positive int": {"max_episode_length": None},
+    "num_envs is '4', not one positive number for all environments": {"num_envs": "4"},
+    "num_actions is 0, not one positive number for all environments": {"num_actions": 0},
+    "max_episode_length is None, not one positive number for all environments": {"max_episode_length": None},
     "episode_length_buf is a list, not a tensor": {"episode_length_buf": [0] * N},
     "episode_length_buf has shape (4, 1), not (4,)": {"episode_length_buf": torch.zeros(N, 1, dtype=torch.long)},
     "episode_length_buf is float32, not an integer": {"episode_length_buf": torch.zeros(N)},

@@ -1,6 +1,5 @@
 """ppo_cnn.py against rsl_rl's CNNModel, and what it promises beyond: frugal storage, shared encoders, exports."""
 
-
 import cases
 import pytest
 import torch

@@ -288,7 +288,7 @@ def test_captured_run_equals_eager_run(schedule, monkeypatch):
     """Replaying the recorded kernels counts the steps, moves the weight and sums the rewards as the eager run does."""
     args = args_of(max_iterations=6, num_steps_per_env=20, num_envs=16, **(schedule | dict(rnd_final_step=101)))
     eager, expected = cases.run(module, args, make("navigation-maze", 16))
-    graph = lambda fn, *rest, enabled, generators=(): (  # noqa: E731
+    graph = lambda fn, *rest, **_: (  # noqa: E731
         instruments.EmulatedGraph(fn, *rest) if fn.__name__ in ("collect", "update") else lambda: fn(*rest)
     )
     monkeypatch.setattr(module, "CudaGraph", graph)

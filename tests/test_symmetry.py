@@ -51,12 +51,13 @@ class Plane(TorchEnv):
         self._obs.update_(self._observe())
 
     def symmetry(self, env, obs, actions):
-        signs = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]], dtype=self.dtype)
+        i = torch.arange(4)  # made on the device: torch.tensor would copy from the host, which a CUDA graph cannot
+        signs = 1.0 - 2.0 * torch.stack((i % 2, i // 2), 1).to(self.dtype)  # (1, 1), (-1, 1), (1, -1), (-1, -1)
         walls, flips = ([0, 1, 2, 3], [2, 1, 0, 3], [0, 3, 2, 1], [2, 3, 0, 1]), ([], [3], [2], [2, 3])
         if obs is not None:
             groups = {
                 "policy": torch.cat([obs["policy"] * sign.repeat(2) for sign in signs]),
-                "privileged": torch.cat([obs["privileged"][:, index] for index in walls]),
+                "privileged": torch.cat([torch.stack([obs["privileged"][:, j] for j in index], 1) for index in walls]),
                 "picture": torch.cat([obs["picture"].flip(dims) for dims in flips]),
             }
             obs = TensorDict(groups, batch_size=[4 * len(obs)])
