@@ -1339,8 +1339,8 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     backup = [tensor.clone() for tensor in tensors_of(agent)]  # for the NaN guard
     loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
     graphs = args.cuda_graphs and device.type == "cuda"
-    whole = graphs and getattr(env, "capturable", False) and torch.device(env.device).type == "cuda"
-    # Where env.step cannot be captured, every policy step is a graph of its own; replayed in turn, they share their memory.
+    whole = graphs and getattr(env, "capturable", False) and torch.device(env.device).type == "cuda"  # rollout as one graph
+    # Else every policy step is a graph of its own, and env.step runs outside; replayed in turn, they share their memory.
     each = dict(enabled=graphs and not whole, pool=torch.cuda.graph_pool_handle() if graphs else None)
     act_rows = [CudaGraph(act, actor, critic, row, **each) for row in storage.unbind(0)[:-1]]
     generators = [env.generator] if whole and hasattr(env, "generator") else []
