@@ -39,6 +39,7 @@ Differs from ppo_continuous.py:
 - behavior_loss: new, instead of ppo_loss (and with it go larger, evaluate, bootstrap_value and compute_gae)
 - gradient_step: new, instead of mini_batch_step (and with it go backward, make_batches and adapt_learning_rate)
 - update: replays the rollout in time, a gradient step every gradient_length steps
+- capture: student and teacher
 - watched: the teacher's actions
 - finite_flags: the behaviour loss
 - Policy: has encoders and a memory, as those of ppo_cnn.py and ppo_rnn.py
@@ -53,7 +54,7 @@ Differs from ppo_continuous.py:
 - set_up_torch: threads by the size of the student; convolutions keep to the asked precision too
 - resume_state: states, who acts, the teacher's settings
 - load_resume_state: states, who acts
-- train: student and teacher instead of actor and critic; ranks (and with it goes start_from_policy)
+- train: student and teacher instead of actor and critic; ranks (and with it go start_from_policy and resume_run)
 - recommended: of what the environment recommends for PPO only what concerns environments and networks
 """
 
@@ -182,7 +183,9 @@ class Args:
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Optimizer of the student."""
     learning_rate: float = 1e-3
-    """Learning rate."""
+    """Learning rate of the first iteration."""
+    learning_rate_decay: float = 1.0
+    """Factor on the learning rate per iteration; 1: constant, as in rsl_rl."""
     max_grad_norm: float | None = None
     """Gradient norm at which the student is clipped; left out: not clipped."""
 
@@ -243,7 +246,7 @@ def check_args(args: Args) -> None:
     for name in positive:
         if not getattr(args, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
-    for name in ("beta", "beta_decay"):
+    for name in ("beta", "beta_decay", "learning_rate_decay"):
         if not 0.0 <= getattr(args, name) <= 1.0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie between 0 and 1")
     if not args.student_hidden_dims or min(args.student_hidden_dims) < 1:
@@ -433,9 +436,8 @@ class Beta(nn.Module):
 class RNN(nn.Module):
     """LSTM or GRU whose whole memory is one vector per environment, the state (N, S): zeros where an episode starts.
 
-    A rollout too is done step by step: where episodes end inside it, no kernel for whole sequences applies, and to find
-    out whether one does would stall a GPU. On one CPU thread, forward and backward, T 24, N 256, H 256 take 134 ms (GRU)
-    and 164 ms (LSTM); with cell functions 119 and 159, in one call for the sequence 120 and 163. Not measured on a GPU.
+    A rollout too is done by the step: a kernel for whole sequences cannot end an episode inside one. Forward and backward
+    of T 24, N 256, H 256 on one CPU thread: GRU 112 ms, LSTM 174 ms; in one call for the sequence 121 and 138 ms.
 
     Args:
         size: O, size of the input.
@@ -469,15 +471,18 @@ class RNN(nn.Module):
         """The inverse of `split`."""
         return hidden.permute(2, 0, 1, 3).flatten(1)
 
-    def unroll(self, x: torch.Tensor, state: torch.Tensor, dones: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A rollout: inputs (T, N, O), state at its start (N, S), dones (T, N) -> outputs (T, N, H), state after it."""
-        outputs, goes_on = [], 1.0 - dones.to(x.dtype).unsqueeze(-1)  # (T, N, 1)
-        for t in range(len(x)):
-            # s_{t+1} = (1 - d_t) f(x_t, s_t): neither memory nor gradient crosses the end of an episode
-            output, state = self(x[t], state)
-            state = goes_on[t] * state
-            outputs.append(output)
-        return torch.stack(outputs), state
+    def unroll(self, x: torch.Tensor, state: torch.Tensor, dones: torch.Tensor) -> torch.Tensor:
+        """A rollout: inputs (T, N, O), state at its start (N, S), dones (T, N) -> outputs (T, N, H)."""
+        goes_on = (1.0 - dones.to(x.dtype)).unsqueeze(-1)  # (T, N, 1)
+        hidden = self.split(state)
+        for layer, weights in enumerate(self.rnn.all_weights):
+            h, outputs = hidden[:, layer].unbind(0), []  # (h, c) or (h,), (N, H) each
+            for inputs, keep in zip(x.unbind(0), goes_on.unbind(0)):
+                h = torch.lstm_cell(inputs, h, *weights) if self.is_lstm else (torch.gru_cell(inputs, h[0], *weights),)
+                outputs.append(h[0])
+                h = tuple(keep * part for part in h)  # neither memory nor gradient crosses the end of an episode
+            x = torch.stack(outputs)  # (T, N, H), which the next layer reads
+        return x
 
 
 class CNN(nn.Sequential):
@@ -923,6 +928,7 @@ def update(student: Model, optimizer, storage: TensorDict, loss_fn, args: Args) 
         # The moments are learned here, after the epochs, so that the update normalises as the rollout did.
         student.update_normalization(storage["obs"][:-1])
     metrics["Loss/learning_rate"] = optimizer.param_groups[0]["lr"].clone()
+    optimizer.param_groups[0]["lr"].mul_(args.learning_rate_decay)
     return metrics | finite_flags(storage, metrics)
 
 
@@ -958,6 +964,24 @@ class CudaGraph:
             cause = str(error.__context__ or error).splitlines()[0]
             raise UserError(f"--cuda-graphs: {self.fn.__name__} cannot be captured ({cause}); use --no-cuda-graphs") from error
         self.graph = graph
+
+
+def capture(env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict, args: Args):
+    """`collect` and `update`, ready to be called again and again without arguments.
+
+    On CUDA the whole update is one graph, and so is the whole rollout where the environment declares itself `capturable`.
+    With any other environment every policy step is a graph of its own and env.step runs between them.
+    """
+    student, teacher, optimizer = agent["student"], agent["teacher"], agent["optimizer"]
+    graphs = args.cuda_graphs and storage.device.type == "cuda"
+    whole = graphs and getattr(env, "capturable", False) and torch.device(env.device).type == "cuda"
+    each = dict(enabled=graphs and not whole, pool=torch.cuda.graph_pool_handle() if graphs else None)  # one memory for all
+    act_rows = [CudaGraph(act, student, teacher, row, **each) for row in storage.unbind(0)[:-1]]
+    generators = [env.generator] if whole and hasattr(env, "generator") else []
+    run_collect = CudaGraph(collect, env, storage, episodes, act_rows, args, enabled=whole, generators=generators)
+    loss_fn = torch.compile(behavior_loss) if args.compile else behavior_loss
+    run_update = CudaGraph(update, student, optimizer, storage, loss_fn, args, enabled=graphs)
+    return run_collect, run_update
 
 
 # ---- NaN guard ------------------------------------------------------------------------------------------------------
@@ -1426,6 +1450,13 @@ def roll_out(env: VecEnv, policy, device: torch.device, args: Args, film: pathli
     return {name: (x / lengths if name.startswith("Metrics/") else x).tolist() for name, x in totals.items()}
 
 
+def film_policy(actor: Model, device: torch.device, args: Args, path: pathlib.Path) -> None:
+    """One episode of the current policy as `<path>.gif`, in an environment of its own."""
+    env = make_env(dataclasses.replace(args, num_envs=1), device, play=True)
+    roll_out(env, LoadedPolicy(copy.deepcopy(actor).eval(), tuple(actor.shapes)), device, args, path)
+    getattr(env, "close", lambda: None)()
+
+
 def plot_tracking(tracked: list[dict[str, list[float]]], step_dt: float, path: str) -> None:
     """Commanded against actual value of every tracked quantity of environment 0, over time."""
     from matplotlib.figure import Figure
@@ -1626,15 +1657,7 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     writer = make_writer(args, env, run_dir)
 
     backup = [tensor.clone() for tensor in tensors_of(agent)]  # for the NaN guard
-    loss_fn = torch.compile(behavior_loss) if args.compile else behavior_loss
-    graphs = args.cuda_graphs and device.type == "cuda"
-    whole = graphs and getattr(env, "capturable", False) and torch.device(env.device).type == "cuda"  # rollout as one graph
-    # Else every policy step is a graph of its own, and env.step runs outside; replayed in turn, they share their memory.
-    each = dict(enabled=graphs and not whole, pool=torch.cuda.graph_pool_handle() if graphs else None)
-    act_rows = [CudaGraph(act, student, teacher, row, **each) for row in storage.unbind(0)[:-1]]
-    generators = [env.generator] if whole and hasattr(env, "generator") else []
-    run_collect = CudaGraph(collect, env, storage, episodes, act_rows, args, enabled=whole, generators=generators)
-    run_update = CudaGraph(update, student, optimizer, storage, loss_fn, args, enabled=graphs)
+    run_collect, run_update = capture(env, agent, storage, episodes, args)
 
     history = []
     with stop_signals() as stop:
@@ -1648,28 +1671,27 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
             metrics = fetch(metrics)
             if any_rank(not all(value for name, value in metrics.items() if name.startswith("finite/"))):
                 torch._foreach_copy_(tensors_of(agent), backup)
-                message = describe_nan(metrics, iteration, storage, run_dir)
                 if run_dir and iteration > start and not (run_dir / f"model_{iteration - 1}.pt").exists():
-                    resume = resume_state(args, env, agent, storage, episodes) | {"env": None}
-                    save_checkpoint(run_dir / f"model_{iteration - 1}.pt", agent, iteration - 1, resume)
-                raise FloatingPointError(message)
+                    state = resume_state(args, env, agent, storage, episodes) | {"env": None}
+                    save_checkpoint(run_dir / f"model_{iteration - 1}.pt", agent, iteration - 1, state)
+                raise FloatingPointError(describe_nan(metrics, iteration, storage, run_dir))
             history.append(summarize(metrics, times, args))
             log_iteration(history[-1], iteration, args, writer)
             last = any_rank(bool(stop)) or iteration == args.max_iterations - 1
             if run_dir and (last or iteration % args.save_interval == 0):
-                resume = resume_state(args, env, agent, storage, episodes)
-                save_checkpoint(run_dir / f"model_{iteration}.pt", agent, iteration, resume)
+                state = resume_state(args, env, agent, storage, episodes)
+                save_checkpoint(run_dir / f"model_{iteration}.pt", agent, iteration, state)
                 upload(run_dir / f"model_{iteration}.pt", iteration, args, writer)
             if run_dir and args.video_interval and (last or iteration % args.video_interval == 0):
-                film_env = make_env(dataclasses.replace(args, num_envs=1), device, play=True)
-                policy = LoadedPolicy(student, tuple(student.shapes))
-                roll_out(film_env, policy, device, args, film=run_dir / f"video_{iteration}")
-                getattr(film_env, "close", lambda: None)()
+                film_policy(student, device, args, run_dir / f"video_{iteration}")
                 upload(run_dir / f"video_{iteration}.gif", iteration, args, writer)
             if last:
                 break
     if run_dir:
-        export_policy(Policy(student), run_dir / "exported")
+        try:
+            export_policy(Policy(student), run_dir / "exported")
+        except Exception as error:  # TorchScript, for one, fails where this file was edited meanwhile; nothing is lost
+            print(f"not exported ({error}); --export --checkpoint {run_dir / f'model_{iteration}.pt'} does it")
     close(env, writer, args)
     if dist.is_initialized():
         dist.destroy_process_group()

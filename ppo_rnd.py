@@ -33,11 +33,14 @@ Differs from ppo_continuous.py:
 - compute_gae: extrinsic and intrinsic reward are added
 - distillation_step: new; one gradient step of the predictor
 - update: trains the predictor on the same mini-batches, and learns its normaliser's moments
+- capture: hands RND around
 - watched: the intrinsic reward must be finite too
 - finite_flags: and so must the predictor's loss
 - summarize: mean intrinsic return per episode; the mean reward stays the extrinsic one
 - log_iteration: shows the `Rnd/` tags
-- train: hands RND and its optimizer around, saves and restores its progress
+- resume_state: its progress too
+- resume_run: restores it
+- train: makes RND's optimizer
 """
 
 from __future__ import annotations
@@ -905,6 +908,24 @@ class CudaGraph:
         self.graph = graph
 
 
+def capture(env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict, permutation: torch.Tensor, args: Args):
+    """`collect` and `update`, ready to be called again and again without arguments.
+
+    On CUDA the whole update is one graph, and so is the whole rollout where the environment declares itself `capturable`.
+    With any other environment every policy step is a graph of its own and env.step runs between them.
+    """
+    actor, critic, rnd, optimizer = agent["actor"], agent["critic"], agent["rnd"], agent["optimizer"]
+    graphs = args.cuda_graphs and storage.device.type == "cuda"
+    whole = graphs and getattr(env, "capturable", False) and torch.device(env.device).type == "cuda"
+    each = dict(enabled=graphs and not whole, pool=torch.cuda.graph_pool_handle() if graphs else None)  # one memory for all
+    act_rows = [CudaGraph(act, actor, critic, row, **each) for row in storage.unbind(0)[:-1]]
+    generators = [env.generator] if whole and hasattr(env, "generator") else []
+    run_collect = CudaGraph(collect, env, critic, rnd, storage, episodes, act_rows, args, enabled=whole, generators=generators)
+    loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
+    run_update = CudaGraph(update, actor, critic, rnd, optimizer, storage, permutation, loss_fn, args, enabled=graphs)
+    return run_collect, run_update
+
+
 # ---- NaN guard ------------------------------------------------------------------------------------------------------
 
 
@@ -1328,6 +1349,13 @@ def roll_out(env: VecEnv, policy, device: torch.device, args: Args, film: pathli
     return {name: (x / lengths if name.startswith("Metrics/") else x).tolist() for name, x in totals.items()}
 
 
+def film_policy(actor: Model, device: torch.device, args: Args, path: pathlib.Path) -> None:
+    """One episode of the current policy as `<path>.gif`, in an environment of its own."""
+    env = make_env(dataclasses.replace(args, num_envs=1), device, play=True)
+    roll_out(env, LoadedPolicy(copy.deepcopy(actor).eval(), tuple(actor.shapes)), device, args, path)
+    getattr(env, "close", lambda: None)()
+
+
 def plot_tracking(tracked: list[dict[str, list[float]]], step_dt: float, path: str) -> None:
     """Commanded against actual value of every tracked quantity of environment 0, over time."""
     from matplotlib.figure import Figure
@@ -1408,15 +1436,16 @@ def tensors_of(agent: dict) -> list[torch.Tensor]:
     return tensors
 
 
-def resume_state(args: Args, env: VecEnv, actor: Model, storage: TensorDict, episodes: TensorDict) -> dict:
+def resume_state(args: Args, env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict) -> dict:
     """What rsl_rl's format has no place for: settings, random streams, the environment and its running episodes."""
     return {
         "args": dataclasses.asdict(args),
-        "actor_shapes": actor.shapes,
+        "actor_shapes": agent["actor"].shapes,
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if storage.device.type == "cuda" else None,
         "env": env.state_dict() if hasattr(env, "state_dict") else None,
         "episodes": episodes.clone().to_dict(),
+        "rnd": agent["rnd"].progress(),
     }
 
 
@@ -1432,6 +1461,21 @@ def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: 
         return print("the environment starts afresh: it has restored no more than its counters")
     storage["obs"][-1].update_(env.get_observations().to(storage.device))
     episodes.update_(TensorDict(resume["episodes"]))
+
+
+def resume_run(path: pathlib.Path, agent: dict, env: VecEnv, storage: TensorDict, episodes: TensorDict, args: Args) -> int:
+    """Continue where a checkpoint ends; returns how many iterations it has finished."""
+    checkpoint = load_checkpoint(path, storage.device)
+    restore(agent, checkpoint, path)
+    load_resume_state(checkpoint.get("resume", {}), env, storage, episodes)
+    for name, saved in checkpoint.get("resume", {}).get("rnd", {}).items():
+        if agent["rnd"].progress()[name].shape == saved.shape:  # the sums only for the same number of environments
+            agent["rnd"].progress()[name].copy_(saved)
+    start = checkpoint["iter"] + 1
+    print(f"resuming {path} after its {start} iterations")
+    if start >= args.max_iterations:
+        raise UserError(f"--max-iterations {args.max_iterations}: the checkpoint has finished {start} already")
+    return start
 
 
 def start_from_policy(actor: Model, path: pathlib.Path, device: torch.device) -> None:
@@ -1468,19 +1512,8 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
         env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=int(env.max_episode_length))
     storage = make_storage(obs, env.num_actions, actor, args)
     episodes = make_episodes(args, device)
-    start = 0
-    if path:
-        checkpoint = load_checkpoint(path, device)
-        restore(agent, checkpoint, path)
-        load_resume_state(checkpoint.get("resume", {}), env, storage, episodes)
-        for name, saved in checkpoint.get("resume", {}).get("rnd", {}).items():
-            if rnd.progress()[name].shape == saved.shape:  # the sums only for the same number of environments
-                rnd.progress()[name].copy_(saved)
-        start = checkpoint["iter"] + 1
-        print(f"resuming {path} after its {start} iterations")
-        if start >= args.max_iterations:
-            raise UserError(f"--max-iterations {args.max_iterations}: the checkpoint has finished {start} already")
-    elif args.checkpoint or args.wandb_run_path:
+    start = resume_run(path, agent, env, storage, episodes, args) if path else 0
+    if not args.resume and (args.checkpoint or args.wandb_run_path):
         start_from_policy(actor, find_checkpoint(args), device)
     run_dir = make_run_dir(args, env)
     writer = make_writer(args, env, run_dir)
@@ -1488,15 +1521,7 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     samples = args.num_envs * args.num_steps_per_env // args.num_mini_batches * args.num_mini_batches
     permutation = torch.zeros(samples, dtype=torch.long, device=device)
     backup = [tensor.clone() for tensor in tensors_of(agent)]  # for the NaN guard
-    loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
-    graphs = args.cuda_graphs and device.type == "cuda"
-    whole = graphs and getattr(env, "capturable", False) and torch.device(env.device).type == "cuda"  # rollout as one graph
-    # Else every policy step is a graph of its own, and env.step runs outside; replayed in turn, they share their memory.
-    each = dict(enabled=graphs and not whole, pool=torch.cuda.graph_pool_handle() if graphs else None)
-    act_rows = [CudaGraph(act, actor, critic, row, **each) for row in storage.unbind(0)[:-1]]
-    generators = [env.generator] if whole and hasattr(env, "generator") else []
-    run_collect = CudaGraph(collect, env, critic, rnd, storage, episodes, act_rows, args, enabled=whole, generators=generators)
-    run_update = CudaGraph(update, actor, critic, rnd, optimizer, storage, permutation, loss_fn, args, enabled=graphs)
+    run_collect, run_update = capture(env, agent, storage, episodes, permutation, args)
 
     history = []
     with stop_signals() as stop:
@@ -1512,23 +1537,19 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
             metrics = fetch(metrics)
             if not all(value for name, value in metrics.items() if name.startswith("finite/")):
                 torch._foreach_copy_(tensors_of(agent), backup)
-                message = describe_nan(metrics, iteration, storage, run_dir)
                 if run_dir and iteration > start and not (run_dir / f"model_{iteration - 1}.pt").exists():
-                    resume = resume_state(args, env, actor, storage, episodes) | {"env": None}
-                    save_checkpoint(run_dir / f"model_{iteration - 1}.pt", agent, iteration - 1, resume)
-                raise FloatingPointError(message)
+                    state = resume_state(args, env, agent, storage, episodes) | {"env": None}
+                    save_checkpoint(run_dir / f"model_{iteration - 1}.pt", agent, iteration - 1, state)
+                raise FloatingPointError(describe_nan(metrics, iteration, storage, run_dir))
             history.append(summarize(metrics, times, args))
             log_iteration(history[-1], iteration, args, writer)
             last = stopping or iteration == args.max_iterations - 1
             if run_dir and (last or iteration % args.save_interval == 0):
-                resume = resume_state(args, env, actor, storage, episodes) | {"rnd": rnd.progress()}
-                save_checkpoint(run_dir / f"model_{iteration}.pt", agent, iteration, resume)
+                state = resume_state(args, env, agent, storage, episodes)
+                save_checkpoint(run_dir / f"model_{iteration}.pt", agent, iteration, state)
                 upload(run_dir / f"model_{iteration}.pt", iteration, args, writer)
             if run_dir and args.video_interval and (last or iteration % args.video_interval == 0):
-                film_env = make_env(dataclasses.replace(args, num_envs=1), device, play=True)
-                policy = LoadedPolicy(copy.deepcopy(actor).eval(), tuple(actor.shapes))
-                roll_out(film_env, policy, device, args, film=run_dir / f"video_{iteration}")
-                getattr(film_env, "close", lambda: None)()
+                film_policy(actor, device, args, run_dir / f"video_{iteration}")
                 upload(run_dir / f"video_{iteration}.gif", iteration, args, writer)
             if last:
                 break

@@ -123,12 +123,17 @@ def make(
 
 
 def defaults(name: str) -> dict:
-    """Settings for tasks that step on a CPU: few environments, small networks."""
+    """Settings for tasks that step on a CPU: few environments, small networks; and values that are free to move.
+
+    Returns of Gymnasium's tasks go into the hundreds, and rsl_rl's value clipping lets a value move by clip_param, 0.2, in an
+    iteration: with it Hopper ends at a quarter of the return.
+    """
     return dict(
         num_envs=16,
         num_steps_per_env=128,
         num_learning_epochs=10,
         num_mini_batches=8,
+        use_clipped_value_loss=False,
         actor_hidden_dims=(64, 64),
         critic_hidden_dims=(64, 64),
         entropy_coef=0.0,

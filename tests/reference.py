@@ -174,26 +174,32 @@ def distillation_configuration(args: Any, teacher: Any, shapes: dict[str, tuple[
     return config
 
 
-def run_distillation(args: Any, env: Any, teacher: Any) -> tuple[list[dict[str, float]], Any]:
-    """Distil `args.max_iterations` iterations from `args.teacher`; return what each one logs, and the runner."""
+def make_distillation_runner(args: Any, env: Any, teacher: Any, device: str = "cpu"):
+    """rsl_rl's DistillationRunner, seeded like the script, its teacher loaded."""
     from rsl_rl.runners import DistillationRunner
 
     torch.manual_seed(args.seed)
-    history = []
     with contextlib.redirect_stdout(io.StringIO()):
         shapes = {group: tuple(x.shape[1:]) for group, x in env.get_observations().items()}
-        runner = DistillationRunner(env, distillation_configuration(args, teacher, shapes), log_dir=None, device="cpu")
+        runner = DistillationRunner(env, distillation_configuration(args, teacher, shapes), log_dir=None, device=device)
         runner.load(args.teacher[0])
-        algorithm, update = runner.alg, runner.alg.update
+    return runner
 
-        def noted() -> dict[str, float]:
-            losses = update()
-            numbers = {f"Loss/{name}": value for name, value in losses.items()}
-            numbers["Loss/learning_rate"] = algorithm.learning_rate
-            numbers["Policy/mean_std"] = algorithm.get_policy().output_std.mean().item()
-            history.append(numbers)
-            return losses
 
-        algorithm.update = noted
+def run_distillation(args: Any, env: Any, teacher: Any) -> tuple[list[dict[str, float]], Any]:
+    """Distil `args.max_iterations` iterations from `args.teacher`; return what each one logs, and the runner."""
+    runner, history = make_distillation_runner(args, env, teacher), []
+    algorithm, update = runner.alg, runner.alg.update
+
+    def noted() -> dict[str, float]:
+        losses = update()
+        numbers = {f"Loss/{name}": value for name, value in losses.items()}
+        numbers["Loss/learning_rate"] = algorithm.learning_rate
+        numbers["Policy/mean_std"] = algorithm.get_policy().output_std.mean().item()
+        history.append(numbers)
+        return losses
+
+    algorithm.update = noted
+    with contextlib.redirect_stdout(io.StringIO()):
         runner.learn(args.max_iterations, init_at_random_ep_len=args.init_at_random_ep_len)
     return history, runner

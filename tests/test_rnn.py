@@ -175,7 +175,7 @@ def test_no_gradient_crosses_an_episode_end(rnn_type):
     rnn = ppo_rnn.RNN(3, small(rnn_type=rnn_type))
     x, dones = torch.randn(6, 2, 3, requires_grad=True), torch.zeros(6, 2)
     dones[2, 0] = 1
-    outputs, _ = rnn.unroll(x, torch.randn(2, rnn.state_size), dones)
+    outputs = rnn.unroll(x, torch.randn(2, rnn.state_size), dones)
     (gradient,) = torch.autograd.grad(outputs[5].sum(), x)
     assert not gradient[:3, 0].any() and gradient[3:, 0].all() and gradient[:, 1].all()
 
@@ -247,7 +247,7 @@ def test_policy_carries_and_resets_its_state(rnn_type, tmp_path):
 
     def unrolled(dones):
         with torch.no_grad():
-            return actor.mlp(actor.rnn.unroll(actor.obs_normalizer(obs), torch.zeros(4, actor.rnn.state_size), dones)[0])
+            return actor.mlp(actor.rnn.unroll(actor.obs_normalizer(obs), torch.zeros(4, actor.rnn.state_size), dones))
 
     script = torch.jit.load(path.parent / "exported" / "policy.pt")
     session = onnxruntime.InferenceSession(path.parent / "exported" / "policy.onnx", providers=["CPUExecutionProvider"])

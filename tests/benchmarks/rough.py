@@ -23,6 +23,7 @@ from symmetry import interval  # noqa: E402
 PPO = "--env quadruped-rough --max-iterations 250"
 # A student's own last action is among its observations: clipped, or one that is still bad may talk itself into infinity.
 STUDENT = "--env quadruped-rough --max-iterations 60 --num-envs 256 --num-learning-epochs 4 --clip-actions 10"
+STUDENT += " --learning-rate 2e-3 --learning-rate-decay 0.95 --max-grad-norm 1"
 GRU, CNN = "--rnn-type gru --rnn-hidden-dim 64", "--cnn-output-channels 8 16 --cnn-stride 2"
 ARMS = {  # name: script and settings
     "PPO, blind": f"ppo_continuous.py {PPO} --actor-obs policy",

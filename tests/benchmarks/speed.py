@@ -1,6 +1,7 @@
 """Speed against rsl_rl 5.5.1, or skrl: the same environment, networks, batch and threads, in turn A B A B in one process.
 
     python tests/benchmarks/speed.py                              # 1024 environments, 512-256-128
+    python tests/benchmarks/speed.py --script ppo_rnn             # any script, on its own task with that task's settings
     python tests/benchmarks/speed.py --peer skrl                  # pip install skrl
     python tests/benchmarks/speed.py --num-envs 8 --hidden-dims 8 8 8 --threads 1     # host overhead alone
     python tests/benchmarks/speed.py --count                      # kernels and waits per mini-batch, on any machine
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 from typing import Literal
 
@@ -28,12 +31,27 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
+# What each script is for. Cartpole costs next to nothing, so that the learner shows.
+TASKS = {
+    "ppo_continuous": "cartpole",
+    "ppo_rnn": "navigation-cue",
+    "ppo_cnn": "navigation-pixels",
+    "ppo_rnd": "navigation-maze",
+    "ppo_symmetry": "quadruped",
+    "distill_dagger": "quadruped",
+}
+
+
 @dataclasses.dataclass
 class Settings:
-    env: str = "cartpole"
-    """Built-in task; cartpole costs next to nothing, so the learner shows."""
-    num_envs: int = 1024
-    hidden_dims: tuple[int, ...] = (512, 256, 128)
+    script: Literal["ppo_continuous", "ppo_rnn", "ppo_cnn", "ppo_rnd", "ppo_symmetry", "distill_dagger"] = "ppo_continuous"
+    """Which script; the base runs with rsl_rl's defaults, the others with what their task recommends."""
+    env: str = ""
+    """Built-in task; left out: the script's."""
+    num_envs: int = 0
+    """0: 1024, or what the task recommends."""
+    hidden_dims: tuple[int, ...] = ()
+    """Left out: 512 256 128, or what the task recommends."""
     rounds: int = 5
     """Interleaved rounds."""
     iterations: int = 6
@@ -58,16 +76,36 @@ def quiet():
 
 
 def make_args(settings: Settings):
+    """The script's own `Args`; the groups spelt out, as rsl_rl wants them."""
+    from envs import defaults, make
+
+    script = importlib.import_module(settings.script)
+    base = settings.script == "ppo_continuous"
+    env = settings.env or TASKS[settings.script]
+    chosen = {} if base else script.recommended(env)
+    chosen |= {"num_envs": settings.num_envs} if settings.num_envs else {"num_envs": 1024} if base else {}
+    networks = ("student",) if settings.script == "distill_dagger" else ("actor", "critic")
+    chosen |= {f"{network}_hidden_dims": settings.hidden_dims for network in networks} if settings.hidden_dims else {}
+    names = ("compile", "device", "float32_matmul_precision", "timeout_bootstrap")
+    chosen |= {name: getattr(settings, name) for name in names if hasattr(script.Args, name)}
+    args = script.Args(**chosen | dict(env=env, max_iterations=settings.iterations, num_threads=settings.threads, log_root=""))
+    obs = make(env, 2).get_observations()
+    with quiet():
+        if settings.script == "distill_dagger":
+            teacher = make_teacher(env, settings)
+            return dataclasses.replace(args, student_obs=("policy",), teacher=(teacher,))
+        groups = script.resolve_groups(obs, args)
+    return dataclasses.replace(args, **{f"{network}_obs": names for network, names in groups.items()})
+
+
+def make_teacher(env: str, settings: Settings) -> str:
+    """The checkpoint of a teacher that was trained for one iteration: what it knows costs no time."""
     import ppo_continuous
 
-    critic = ("policy", "privileged") if "quadruped" in settings.env else ("policy",)
-    names = ("env", "num_envs", "compile", "device", "float32_matmul_precision", "timeout_bootstrap")
-    same = {name: getattr(settings, name) for name in names}
-    dims = dict(actor_hidden_dims=settings.hidden_dims, critic_hidden_dims=settings.hidden_dims)
-    args = ppo_continuous.Args(
-        max_iterations=settings.iterations, actor_obs=("policy",), critic_obs=critic, log_root="", **same, **dims
-    )
-    return dataclasses.replace(args, num_threads=settings.threads)
+    args = dict(num_envs=64, max_iterations=1, actor_obs=("policy", "privileged"), critic_obs=("policy", "privileged"))
+    folder = tempfile.mkdtemp()
+    ppo_continuous.train(ppo_continuous.Args(env=env, log_root=folder, logger="none", num_threads=settings.threads, **args))
+    return str(next(pathlib.Path(folder).rglob("model_0.pt")))
 
 
 def now(device: str) -> float:
@@ -79,10 +117,16 @@ def now(device: str) -> float:
 def time_reference(args, env) -> dict[str, list[float]]:
     import reference
 
-    config = reference.configuration(args)
-    if args.compile:
-        config["torch_compile_mode"] = "default"
-    runner = reference.make_runner(args, env, config=config, device=args.device)
+    if hasattr(args, "teacher"):
+        import ppo_continuous
+
+        settings = torch.load(args.teacher[0], weights_only=True)["resume"]["args"]
+        runner = reference.make_distillation_runner(args, env, ppo_continuous.Args(**settings), device=args.device)
+    else:
+        config = reference.configuration(args)
+        if args.compile:
+            config["torch_compile_mode"] = "default"
+        runner = reference.make_runner(args, env, config=config, device=args.device)
     marks, update, compute_returns = [now(args.device)], runner.alg.update, runner.alg.compute_returns
 
     def marked(function):
@@ -104,10 +148,9 @@ def time_reference(args, env) -> dict[str, list[float]]:
 
 
 def time_ours(args, env) -> dict[str, list[float]]:
-    import ppo_continuous
-
+    script = sys.modules[type(args).__module__]
     with quiet():
-        history = ppo_continuous.train(args, env)
+        history = script.train(args, env)
     return {name: [metrics[f"Perf/{name}_time"] for metrics in history] for name in ("collection", "learning")}
 
 
@@ -212,6 +255,7 @@ def compare(settings: Settings) -> dict:
     from envs import make
 
     args = make_args(settings)
+    print(f"{settings.script} on {args.env}, {args.num_envs} environments, {settings.threads} threads, {settings.device}")
     peer = time_reference if settings.peer == "rsl_rl" else time_skrl
     rounds = {settings.peer: [], "ours": []}
     for _ in range(settings.rounds):
@@ -329,9 +373,6 @@ def main(settings: Settings) -> None:
             print(f"{name:24s} {entry['kernels']:6.1f} kernels per mini-batch   {entry['waits']:4d} waits per update")
     else:
         figures = compare(settings)
-        print(
-            f"{settings.env}, {settings.num_envs} environments, {settings.hidden_dims}, {settings.threads} threads, {settings.device}"
-        )
         for part, entry in figures.items():
             times = f"{settings.peer} {entry['theirs'] * 1e3:8.1f} ms   ours {entry['ours'] * 1e3:8.1f} ms"
             print(f"{part:12s} {times}   ratio {entry['ratio']:.2f} ({entry['low']:.2f} to {entry['high']:.2f})")
