@@ -67,4 +67,4 @@ def test_bfloat16_networks(capsys):
     value = drift(None, module.ppo_loss, mixed_precision=True)
     with capsys.disabled():
         print(f" [bf16 drift of one update: {value:.2f}]", end="")
-    assert 1e-4 < value < 1.0
+    assert 1e-4 < value < 1.0  # it is rounded indeed, and by less than the step that it takes

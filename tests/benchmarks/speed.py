@@ -77,7 +77,7 @@ def quiet():
 
 def make_args(settings: Settings):
     """The script's own `Args`; the groups spelt out, as rsl_rl wants them."""
-    from envs import defaults, make
+    from envs import make
 
     script = importlib.import_module(settings.script)
     base = settings.script == "ppo_continuous"
