@@ -2,7 +2,7 @@
 
     python ppo_continuous.py --actor-obs policy privileged --critic-obs policy privileged --experiment-name teacher
     python distill_dagger.py --teacher logs/teacher                     # the newest run's newest checkpoint teaches
-    python distill_dagger.py --teacher logs/teacher --rnn-type gru      # a student with memory
+    python distill_dagger.py --teacher logs/teacher --rnn-type none     # a student without memory
     python distill_dagger.py --play                                     # film the newest student
 
 The student acts, the teacher says what it would have done, and the student learns that on the states which it visited
@@ -55,7 +55,7 @@ Differs from ppo_continuous.py:
 - resume_state: states, who acts, the teacher's settings
 - load_resume_state: states, who acts
 - train: student and teacher instead of actor and critic; ranks (and with it go start_from_policy and resume_run)
-- recommended: of what the environment recommends for PPO only what concerns environments and networks
+- recommended: what is meant for distillation, and of the rest what concerns environments and networks
 """
 
 from __future__ import annotations
@@ -1722,7 +1722,7 @@ def parse_args() -> Args:
 
 
 def recommended(env: str) -> dict[str, Any]:
-    """Of what the environment recommends for PPO, what concerns environments and networks."""
+    """What the environment recommends for distillation; and of what it does for PPO, what concerns environments and networks."""
     try:
         from envs import defaults
     except ImportError:  # a copied script has no `envs` beside it
@@ -1733,7 +1733,8 @@ def recommended(env: str) -> dict[str, Any]:
         raise UserError(str(error)) from error
     settings = {name.replace("actor_", "student_"): value for name, value in settings.items()}
     wanted = ("num_envs", "clip_actions", "activation", "student_hidden_dims")
-    return {name: value for name, value in settings.items() if name in wanted or name.startswith("cnn_")}
+    shared = {name: value for name, value in settings.items() if name in wanted or name.startswith("cnn_")}
+    return shared | settings.get("distillation", {})
 
 
 def main() -> None:

@@ -54,7 +54,10 @@ def make(env_id: str, num_envs: int, device: str = "cpu", seed: int = 0, **optio
 
 
 def defaults(env_id: str) -> dict:
-    """The settings a task is best trained with, as `Args` field names to values; empty where it has none."""
+    """The settings a task is best trained with, as `Args` field names to values; empty where it has none.
+
+    Those of distill_dagger.py, another algorithm, are a dict of their own under `distillation`.
+    """
     if env_id in BUILT_IN:
         return importlib.import_module(f".{BUILT_IN[env_id][0]}", __name__).DEFAULTS.get(env_id, {})
     prefix, _, name = env_id.partition(":")

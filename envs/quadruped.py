@@ -83,9 +83,21 @@ _TRAINING = dict(
     num_learning_epochs=3,
     num_mini_batches=4,
 )
+_DISTILLATION = dict(
+    num_envs=128,
+    num_learning_epochs=4,
+    max_iterations=60,
+    learning_rate=2e-3,
+    learning_rate_decay=0.95,
+    max_grad_norm=1.0,
+    rnn_type="gru",  # velocity is not observed: it has to be inferred from the past
+    rnn_hidden_dim=128,
+)
+# A student's own last action is among its observations: clipped, or one that is still bad may talk itself into infinity.
+_ROUGH_DISTILLATION = dict(_DISTILLATION, num_envs=256, rnn_hidden_dim=64, clip_actions=10.0)
 DEFAULTS = {
-    "quadruped": dict(_TRAINING, max_iterations=220),
-    "quadruped-rough": dict(_TRAINING, max_iterations=400),
+    "quadruped": dict(_TRAINING, max_iterations=220, distillation=_DISTILLATION),
+    "quadruped-rough": dict(_TRAINING, max_iterations=400, distillation=_ROUGH_DISTILLATION),
 }
 
 
