@@ -67,6 +67,7 @@ import datetime
 import importlib
 import inspect
 import json
+import logging
 import math
 import os
 import pathlib
@@ -1351,6 +1352,7 @@ def export_policy(policy: Policy, folder: pathlib.Path) -> None:
     policy(obs[0], [image[0] for image in images.values()])
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which no policy here needs
         batch = torch.export.Dim("batch")
         names = dict(input_names=["obs", *images, *states], output_names=["actions", *next_states])
         shapes = (*({0: batch} for _ in images), *({1: batch} for _ in states))

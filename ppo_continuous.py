@@ -21,6 +21,7 @@ import datetime
 import importlib
 import inspect
 import json
+import logging
 import math
 import os
 import pathlib
@@ -1118,6 +1119,7 @@ def export_policy(policy: Policy, folder: pathlib.Path) -> None:
     inputs, shapes = (tensors["obs"],), (batch,)
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which no policy here needs
         names = dict(input_names=[*tensors], output_names=["actions"], dynamic_shapes=shapes)
         torch.onnx.export(policy, inputs, folder / "policy.onnx", opset_version=18, dynamo=True, external_data=False, **names)
         torch.jit.script(policy).save(str(folder / "policy.pt"))

@@ -45,6 +45,7 @@ import datetime
 import importlib
 import inspect
 import json
+import logging
 import math
 import os
 import pathlib
@@ -1244,6 +1245,7 @@ def export_policy(policy: Policy, folder: pathlib.Path) -> None:
     states, next_states = ["h_in", "c_in"][: len(start)], ["h_out", "c_out"][: len(start)]
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which no policy here needs
         batch = torch.export.Dim("batch")
         names = dict(input_names=["obs", *states], output_names=["actions", *next_states])
         names["dynamic_shapes"] = ({0: batch}, tuple({1: batch} for _ in states))
