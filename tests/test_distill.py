@@ -347,6 +347,15 @@ def test_mixing(no_export):
     assert taken[:20].all() and later.any() and not taken[21:][later].any()
 
 
+@pytest.mark.parametrize("task", ["quadruped", "quadruped-rough", "cartpole"])
+def test_recommendations_for_distillation_are_its_own(task):
+    """Every recommended name is a setting; those meant for distillation reach this script and no other."""
+    mine, base = module.recommended(task), ppo_continuous.recommended(task)
+    module.Args(**mine), ppo_continuous.Args(**base)
+    assert ("learning_rate_decay" in mine) == task.startswith("quadruped")
+    assert mine.get("num_envs") != base.get("num_envs") or task == "cartpole"
+
+
 def test_learning_rate_decays(no_export):
     path, _ = train_teacher(max_iterations=1)
     history = distil(student_args(path, max_iterations=3, learning_rate=8e-3, learning_rate_decay=0.5))[0]

@@ -91,6 +91,8 @@ def main() -> None:
     for task, arms in results.items():
         columns = [f"{statistics.mean(x):.1f} +- {statistics.stdev(x):.1f}" for x in arms.values()]
         print(f"{task:24s}" + "".join(f"{column:>20s}" for column in [*columns, CLEANRL.get(task, "-")]))
+        for arm, returns in arms.items():
+            print(f"  {arm}, by seed: " + " ".join(f"{value:.0f}" for value in returns))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,9 @@ def main() -> None:
         columns = [interval([run[name] for run in runs.values()]) for name in MEASURES]
         seconds = sum(run["seconds"] for run in runs.values()) / len(runs)
         print(f"{arm:32s}" + "".join(f"{column:>28s}" for column in columns) + f"{seconds:15.0f}")
+    for arm in (arm for arm in ARMS if arm.startswith("student")):
+        ratios = (run["velocity_error"] / results[TEACHER][seed]["velocity_error"] for seed, run in results[arm].items())
+        print(f"velocity error, {arm} / its teacher, by seed: " + " ".join(f"{ratio:.2f}" for ratio in ratios))
 
 
 if __name__ == "__main__":
