@@ -1,5 +1,6 @@
 """Runs: folders, checkpoints, resuming, signals, kills, logging, export, play; and what other programs make of the files."""
 
+import math
 import os
 import pathlib
 import signal
@@ -156,9 +157,10 @@ def test_a_signal_finishes_the_iteration_saves_and_exits_0(number):
     assert module.load_checkpoint(only_run() / f"model_{last - 1}.pt", torch.device("cpu"))["iter"] == last - 1
 
 
-@pytest.mark.parametrize("fault, named", [(("obs", 60), "observation group 'policy'"), (("reward", 60), "reward")])
-def test_nan_stops_the_run(fault, named):
-    """NaN at step 60 (iteration 2, step 11) in environment 3: named, dumped, and the weights are those before."""
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind, named", [("obs", "observation group 'policy'"), ("reward", "reward")])
+def test_nan_stops_the_run(kind, named, value):
+    """Not finite at step 60 (iteration 2, step 11) in environment 3: named, dumped, and the weights are those before."""
     trained = {}
     tensors_of = module.tensors_of
 
@@ -172,10 +174,10 @@ def test_nan_stops_the_run(fault, named):
         module.train(good, toy.Toy(8))
         expected = [x.clone() for x in tensors_of(trained)]
         with pytest.raises(FloatingPointError) as error:
-            module.train(args_of(save_interval=1000, init_at_random_ep_len=False), toy.Toy(8, fault=fault))
+            module.train(args_of(save_interval=1000, init_at_random_ep_len=False), toy.Toy(8, fault=(kind, 60, value)))
     finally:
         module.tensors_of = tensors_of
-    step = 12 if fault[0] == "obs" else 11  # the observation that follows action 11 is row 12
+    step = 12 if kind == "obs" else 11  # the observation that follows action 11 is row 12
     assert f"iteration 2: {named} is not finite from step {step} on, in environments [3]" in str(error.value)
     assert all(torch.equal(x, y) for x, y in zip(expected, tensors_of(trained), strict=True))
     assert {file.name for file in only_run().glob("*.pt")} == {"model_0.pt", "model_1.pt", "nan_2.pt"}

@@ -25,7 +25,7 @@ class Toy:
         self.episode_length_buf = torch.where(dones, 0, self.episode_length_buf)
         obs, rewards = self.get_observations(), -self.x[:, 0].abs()
         if self.fault and self.steps == self.fault[1]:
-            (obs[self.groups[0]] if self.fault[0] == "obs" else rewards)[3] = torch.nan
+            (obs[self.groups[0]] if self.fault[0] == "obs" else rewards)[3] = self.fault[2]
         return obs, rewards, dones.long(), {}
 
 
