@@ -36,7 +36,7 @@ Differs from ppo_continuous.py:
 - act: asks the teacher too
 - collect: keeps the states; draws who acts where an episode starts
 - draw_who_acts: new, DAgger's mixture
-- behavior_loss: new, instead of ppo_loss (and with it go larger, evaluate, bootstrap_value and compute_gae)
+- behavior_loss: new, instead of ppo_loss (and with it go evaluate, bootstrap_value and compute_gae)
 - gradient_step: new, instead of mini_batch_step (and with it go backward, make_batches and adapt_learning_rate)
 - update: replays the rollout in time, a gradient step every gradient_length steps
 - capture: student and teacher
@@ -49,7 +49,6 @@ Differs from ppo_continuous.py:
 - export_policy: one input for each image; the state outside (ONNX) or inside (TorchScript)
 - join_ranks: new, torchrun
 - average: new, over the ranks
-- average_gradients: new
 - any_rank: new, ranks stop together
 - set_up_torch: threads by the size of the student; convolutions keep to the asked precision too
 - resume_state: states, who acts, the teacher's settings
@@ -615,6 +614,7 @@ def make_student(obs: TensorDict, num_actions: int, args: Args) -> Model:
     groups = args.student_obs or first_group(obs, "student", "actor", "policy", "state")
     student = Model(resolve_groups(obs, "--student-obs", groups), num_actions, args)
     student.dtypes = {group: obs[group].dtype for group in student.images}
+    student.distribution.requires_grad_(False)  # only the mean imitates; the std stays as it is
     return student.to(obs.device)
 
 
@@ -838,66 +838,83 @@ def behavior_loss(student: Model, inputs: list[torch.Tensor], state: torch.Tenso
 # ---- Update ---------------------------------------------------------------------------------------------------------
 
 
-class Adam(torch.optim.Adam):
-    """torch.optim.Adam that keeps the learning rate and the step count on the device, so that nothing ever waits.
+class FlatOptimizer:
+    """Adam, AdamW or SGD over one vector that holds all weights: a dozen kernels a step, however many layers there are.
 
-    On CUDA it is torch's own fused kernel. Elsewhere it takes the same steps as torch's loop over the parameters, to the
-    bit, in ten calls for all parameters together.
+    The parameters become views of `weights`, their gradients views of `gradient`. Learning rate and step count are tensors
+    on the device, so that nothing waits and a CUDA graph sees them change. The steps are those of torch.optim, to the bit.
+
+    Args:
+        params: the parameters of all networks, in rsl_rl's order.
+        lr: the first learning rate.
+        kind: "adam", "adamw" or "sgd".
     """
 
-    def __init__(self, params, lr: float, decoupled_weight_decay: bool = False):
-        params = list(params)
-        fused = params[0].is_cuda
-        # torch's fused kernel reads a float32 learning rate; in float64 the CPU's rounds as rsl_rl's Python float does.
-        lr = torch.tensor(lr, dtype=torch.float32 if fused else torch.float64, device=params[0].device)
-        weight_decay = 1e-2 if decoupled_weight_decay else 0.0
-        flags = dict(fused=True, capturable=True) if fused else {}
-        super().__init__(params, lr=lr, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay, **flags)
-        self._warned_capturable_if_run_uncaptured = True  # the steps before the capture are meant to be eager
-        for p in params:
-            step_dtype = torch.float32 if fused else torch.get_default_dtype()
-            step = torch.zeros((), dtype=step_dtype, device=p.device)
-            self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    def __init__(self, params, lr: float, kind: str = "adam"):
+        self.params, self.kind = list(dict.fromkeys(params)), kind  # one that two networks share once
+        self.trained = [p for p in self.params if p.requires_grad]
+        self.sizes = [math.ceil(p.numel() / 16) * 16 for p in self.trained]  # matrix products want aligned memory
+        self.weights = self.trained[0].data.new_zeros(sum(self.sizes))
+        self.gradient = torch.zeros_like(self.weights)
+        for p, weights, gradient in zip(self.trained, self.split(self.weights), self.split(self.gradient)):
+            weights.copy_(p.data)
+            p.data, p.grad = weights, gradient
+        self.lr = torch.tensor(lr, dtype=torch.float64, device=self.weights.device)  # rounds as rsl_rl's Python float does
+        step = torch.zeros((), device=self.weights.device)
+        adam = {"step": step, "exp_avg": torch.zeros_like(self.weights), "exp_avg_sq": torch.zeros_like(self.weights)}
+        self.state = {} if kind == "sgd" else adam
+
+    def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """The part of each trained parameter, in its shape; a single number is everybody's."""
+        if not vector.dim():
+            return [vector] * len(self.trained)
+        return [part[: p.numel()].view_as(p) for part, p in zip(vector.split(self.sizes), self.trained)]
+
+    def differentiate(self, loss: torch.Tensor) -> None:
+        """Write the gradient of the loss into `gradient`."""
+        gradients = torch.autograd.grad(loss, self.trained, materialize_grads=True)
+        torch._foreach_copy_([p.grad for p in self.trained], gradients)
 
     @torch.no_grad()
-    def step(self) -> None:
-        group = self.param_groups[0]
-        if group["fused"]:
-            return super().step()
-        params = [p for p in group["params"] if p.grad is not None]
-        grads, states = [p.grad for p in params], [self.state[p] for p in params]
-        means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        torch._foreach_add_([s["step"] for s in states], 1.0)
-        step = states[0]["step"].double()
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    def step(self, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2) -> None:
+        if self.kind == "sgd":
+            lr = self.lr.to(self.weights.dtype).double()  # theta -= lr g, rounded once, as torch's multiply-add does
+            self.weights.copy_(self.weights.double() - lr * self.gradient.double())
+            return
+        if self.kind == "adamw":
+            self.weights.mul_(1.0 - self.lr * weight_decay)
         # theta -= lr m_hat / (sqrt(v_hat) + eps)                                 arXiv:1412.6980 algorithm 1
-        denominator = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominator, (1 - beta2**step).sqrt())
-        torch._foreach_add_(denominator, group["eps"])
-        update = torch._foreach_mul(means, -lr / (1 - beta1**step))
-        torch._foreach_div_(update, denominator)
-        torch._foreach_add_(params, update)
+        step, mean, square = self.state.values()
+        step = step.add_(1.0).double()
+        mean.lerp_(self.gradient, 1.0 - beta1)
+        square.mul_(beta2).addcmul_(self.gradient, self.gradient, value=1.0 - beta2)
+        denominator = (square.sqrt() / (1.0 - beta2**step).sqrt()).add_(eps)
+        self.weights.add_((mean * (-self.lr / (1.0 - beta1**step))).div_(denominator))
 
+    def state_dict(self) -> dict:
+        """That of torch's optimizer over the single parameters, which rsl_rl loads."""
+        optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+        optimizer = optimizers[self.kind](self.params, lr=float(self.lr))
+        for name, vector in self.state.items():
+            for p, part in zip(self.trained, self.split(vector)):
+                optimizer.state[p][name] = part.clone()
+        return optimizer.state_dict()
 
-def make_optimizer(params, args: Args) -> torch.optim.Optimizer:
-    params = list(params)
-    if args.optimizer == "sgd":
-        fused = params[0].is_cuda  # torch's other kernels read the learning rate on the host
-        lr = torch.tensor(args.learning_rate, dtype=torch.float32 if fused else torch.float64, device=params[0].device)
-        return torch.optim.SGD(params, lr=lr, fused=fused)
-    return Adam(params, args.learning_rate, decoupled_weight_decay=args.optimizer == "adamw")
+    def load_state_dict(self, saved: dict) -> None:
+        """Copy such a state in place, so that a captured graph stays valid."""
+        self.lr.fill_(saved["param_groups"][0]["lr"])
+        entries = [saved["state"].get(index, {}) for index, p in enumerate(self.params) if p.requires_grad]
+        for name, vector in self.state.items():
+            for part, entry in zip(self.split(vector), entries):
+                if name in entry:
+                    part.copy_(entry[name])
 
 
 def gradient_step(student: Model, optimizer, loss: torch.Tensor, args: Args) -> torch.Tensor:
     """One step of the optimizer; returns the norm of the gradient."""
-    optimizer.zero_grad()
-    loss.backward()
-    average_gradients(optimizer)
+    optimizer.differentiate(loss)
+    if dist.is_initialized():
+        optimizer.gradient.copy_(average(optimizer.gradient))
     norm = nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm or math.inf)
     optimizer.step()
     return norm
@@ -928,8 +945,8 @@ def update(student: Model, optimizer, storage: TensorDict, loss_fn, args: Args) 
     with torch.no_grad():
         # The moments are learned here, after the epochs, so that the update normalises as the rollout did.
         student.update_normalization(storage["obs"][:-1])
-    metrics["Loss/learning_rate"] = optimizer.param_groups[0]["lr"].clone()
-    optimizer.param_groups[0]["lr"].mul_(args.learning_rate_decay)
+    metrics["Loss/learning_rate"] = optimizer.lr.clone()
+    optimizer.lr.mul_(args.learning_rate_decay)
     return metrics | finite_flags(storage, metrics)
 
 
@@ -1168,10 +1185,6 @@ def save_checkpoint(path: pathlib.Path, agent: dict, iteration: int, resume: dic
         resume: all else that continuing takes, under one key of its own, which rsl_rl ignores.
     """
     state = {f"{name}_state_dict": part.state_dict() for name, part in agent.items()}
-    for optimizer in (value for value in state.values() if "param_groups" in value):
-        # A float and default flags: what rsl_rl, and any other device, can load.
-        portable = {"fused": None, "foreach": None, "capturable": False}
-        optimizer["param_groups"] = [group | portable | {"lr": float(group["lr"])} for group in optimizer["param_groups"]]
     with open(path.with_suffix(".partial"), "wb") as file:
         torch.save(state | {"iter": iteration, "infos": None, "resume": resume}, file)
         file.flush()
@@ -1192,18 +1205,10 @@ def restore(agent: dict, checkpoint: dict, path: pathlib.Path) -> None:
     for name, part in agent.items():
         if f"{name}_state_dict" not in checkpoint:
             raise UserError(f"--checkpoint {path}: has no {name}_state_dict; it holds {', '.join(map(str, checkpoint))}")
-        state = checkpoint[f"{name}_state_dict"]
-        if isinstance(part, nn.Module):
-            try:
-                part.load_state_dict(state)
-            except RuntimeError as error:
-                raise UserError(f"--checkpoint {path}: {name} differs: {' '.join(str(error).split())}") from error
-            continue
-        for group, saved in zip(part.param_groups, state["param_groups"]):
-            group["lr"].fill_(float(saved["lr"]))
-            for parameter, index in zip(group["params"], saved["params"]):
-                for key, value in state["state"].get(index, {}).items():
-                    part.state[parameter][key].copy_(value)
+        try:
+            part.load_state_dict(checkpoint[f"{name}_state_dict"])
+        except RuntimeError as error:
+            raise UserError(f"--checkpoint {path}: {name} differs: {' '.join(str(error).split())}") from error
 
 
 def find_checkpoint(args: Args) -> pathlib.Path:
@@ -1503,14 +1508,6 @@ def average(tensor: torch.Tensor) -> torch.Tensor:
     return share
 
 
-def average_gradients(optimizer) -> None:
-    """Replace all gradients by their means over the ranks, in one collective."""
-    if dist.is_initialized():
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        means = average(torch.cat([grad.flatten() for grad in grads])).split([grad.numel() for grad in grads])
-        torch._foreach_copy_(grads, [mean.view_as(grad) for mean, grad in zip(means, grads)])
-
-
 def any_rank(flag: bool) -> bool:
     """Whether a flag is raised on any rank, so that all of them stop together."""
     if not dist.is_initialized():
@@ -1577,9 +1574,8 @@ def tensors_of(agent: dict) -> list[torch.Tensor]:
     """Every tensor that an update changes: weights, statistics, optimizer state, learning rate."""
     modules = [part for part in agent.values() if isinstance(part, nn.Module)]
     tensors = [x.detach() for module in modules for x in (*module.parameters(), *module.buffers())]
-    for optimizer in (part for part in agent.values() if isinstance(part, torch.optim.Optimizer)):
-        tensors += [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-        tensors += [group["lr"] for group in optimizer.param_groups]
+    for optimizer in (part for part in agent.values() if isinstance(part, FlatOptimizer)):
+        tensors += [optimizer.lr, *optimizer.state.values()]
     return tensors
 
 
@@ -1638,7 +1634,7 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     obs = env.get_observations().to(device)
     student = make_student(obs, env.num_actions, args)
     teacher = make_teacher(read_teachers(args, checkpoint, device), student, obs, env.num_actions, args)
-    optimizer = make_optimizer(student.parameters(), args)
+    optimizer = FlatOptimizer(student.parameters(), args.learning_rate, args.optimizer)
     agent = {"student": student, "teacher": teacher, "optimizer": optimizer}
     if args.init_at_random_ep_len:
         env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=int(env.max_episode_length))

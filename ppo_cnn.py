@@ -20,7 +20,6 @@ Differs from ppo_continuous.py:
 - Model: the images' latents join the vectors before the MLP
 - make_models: hands the actor's encoders to the critic where they are shared; notes the images' dtypes for the export
 - resolve_groups: accepts images, and by convention takes them all
-- make_optimizer: lists a shared encoder once
 - mini_batch_step: clips a shared encoder once
 - Policy: reads images too
 - LoadedPolicy: hands images on
@@ -168,7 +167,7 @@ class Args:
     """Gradient norm at which actor and critic are clipped, each for itself."""
 
     compile: bool = False
-    """Compile the loss with torch.compile."""
+    """Compile the gradient step with torch.compile: it takes a minute at first."""
     cuda_graphs: bool = True
     """On CUDA: capture rollout and update as CUDA graphs."""
     mixed_precision: bool = False
@@ -681,12 +680,15 @@ def ppo_loss(actor: Model, critic: Model, batch: TensorDict, args: Args) -> tupl
     # L^CLIP = E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)]                  arXiv:1707.06347 eq. 7
     ratio = torch.exp(log_prob - batch["log_prob"])
     clipped = ratio.detach().clamp(1.0 - args.clip_param, 1.0 + args.clip_param)
-    surrogate_loss = larger(-advantages * ratio, -advantages * clipped).mean()
+    gain, clipped_gain = advantages * ratio, advantages * clipped
+    # Inside the range the two are equal and the first one carries the gradient. torch.min would share it between them.
+    surrogate_loss = -torch.where(gain <= clipped_gain, gain, clipped_gain).mean()
     # Value loss: the larger of the plain error and that of a prediction at most eps from the old one.
     value_error = (values - batch["returns"]) ** 2
     if args.use_clipped_value_loss:
         step = (values - batch["values"]).clamp(-args.clip_param, args.clip_param)
-        value_error = larger(value_error, (batch["values"] + step - batch["returns"]) ** 2)
+        clipped_error = (batch["values"] + step - batch["returns"]) ** 2
+        value_error = torch.where(value_error >= clipped_error, value_error, clipped_error)
     value_loss = value_error.mean()
 
     loss = surrogate_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
@@ -697,67 +699,79 @@ def ppo_loss(actor: Model, critic: Model, batch: TensorDict, args: Args) -> tupl
     return loss, metrics | {"clip_fraction": clip_fraction, "mean_std": mean_std}
 
 
-def larger(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """torch.max(x, y) for half its kernels: at a tie the gradient goes to x alone, where torch.max gives half to each."""
-    return torch.where(x >= y, x, y)
-
-
 # ---- Update ---------------------------------------------------------------------------------------------------------
 
 
-class Adam(torch.optim.Adam):
-    """torch.optim.Adam that keeps the learning rate and the step count on the device, so that nothing ever waits.
+class FlatOptimizer:
+    """Adam, AdamW or SGD over one vector that holds all weights: a dozen kernels a step, however many layers there are.
 
-    On CUDA it is torch's own fused kernel. Elsewhere it takes the same steps as torch's loop over the parameters, to the
-    bit, in ten calls for all parameters together.
+    The parameters become views of `weights`, their gradients views of `gradient`. Learning rate and step count are tensors
+    on the device, so that nothing waits and a CUDA graph sees them change. The steps are those of torch.optim, to the bit.
+
+    Args:
+        params: the parameters of all networks, in rsl_rl's order.
+        lr: the first learning rate.
+        kind: "adam", "adamw" or "sgd".
     """
 
-    def __init__(self, params, lr: float, decoupled_weight_decay: bool = False):
-        params = list(params)
-        fused = params[0].is_cuda
-        # torch's fused kernel reads a float32 learning rate; in float64 the CPU's rounds as rsl_rl's Python float does.
-        lr = torch.tensor(lr, dtype=torch.float32 if fused else torch.float64, device=params[0].device)
-        weight_decay = 1e-2 if decoupled_weight_decay else 0.0
-        flags = dict(fused=True, capturable=True) if fused else {}
-        super().__init__(params, lr=lr, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay, **flags)
-        self._warned_capturable_if_run_uncaptured = True  # the steps before the capture are meant to be eager
-        for p in params:
-            step_dtype = torch.float32 if fused else torch.get_default_dtype()
-            step = torch.zeros((), dtype=step_dtype, device=p.device)
-            self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    def __init__(self, params, lr: float, kind: str = "adam"):
+        self.params, self.kind = list(dict.fromkeys(params)), kind  # one that two networks share once
+        self.trained = [p for p in self.params if p.requires_grad]
+        self.sizes = [math.ceil(p.numel() / 16) * 16 for p in self.trained]  # matrix products want aligned memory
+        self.weights = self.trained[0].data.new_zeros(sum(self.sizes))
+        self.gradient = torch.zeros_like(self.weights)
+        for p, weights, gradient in zip(self.trained, self.split(self.weights), self.split(self.gradient)):
+            weights.copy_(p.data)
+            p.data, p.grad = weights, gradient
+        self.lr = torch.tensor(lr, dtype=torch.float64, device=self.weights.device)  # rounds as rsl_rl's Python float does
+        step = torch.zeros((), device=self.weights.device)
+        adam = {"step": step, "exp_avg": torch.zeros_like(self.weights), "exp_avg_sq": torch.zeros_like(self.weights)}
+        self.state = {} if kind == "sgd" else adam
+
+    def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """The part of each trained parameter, in its shape; a single number is everybody's."""
+        if not vector.dim():
+            return [vector] * len(self.trained)
+        return [part[: p.numel()].view_as(p) for part, p in zip(vector.split(self.sizes), self.trained)]
+
+    def differentiate(self, loss: torch.Tensor) -> None:
+        """Write the gradient of the loss into `gradient`."""
+        gradients = torch.autograd.grad(loss, self.trained, materialize_grads=True)
+        torch._foreach_copy_([p.grad for p in self.trained], gradients)
 
     @torch.no_grad()
-    def step(self) -> None:
-        group = self.param_groups[0]
-        if group["fused"]:
-            return super().step()
-        params = [p for p in group["params"] if p.grad is not None]
-        grads, states = [p.grad for p in params], [self.state[p] for p in params]
-        means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        torch._foreach_add_([s["step"] for s in states], 1.0)
-        step = states[0]["step"].double()
-        if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    def step(self, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2) -> None:
+        if self.kind == "sgd":
+            lr = self.lr.to(self.weights.dtype).double()  # theta -= lr g, rounded once, as torch's multiply-add does
+            self.weights.copy_(self.weights.double() - lr * self.gradient.double())
+            return
+        if self.kind == "adamw":
+            self.weights.mul_(1.0 - self.lr * weight_decay)
         # theta -= lr m_hat / (sqrt(v_hat) + eps)                                 arXiv:1412.6980 algorithm 1
-        denominator = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominator, (1 - beta2**step).sqrt())
-        torch._foreach_add_(denominator, group["eps"])
-        update = torch._foreach_mul(means, -lr / (1 - beta1**step))
-        torch._foreach_div_(update, denominator)
-        torch._foreach_add_(params, update)
+        step, mean, square = self.state.values()
+        step = step.add_(1.0).double()
+        mean.lerp_(self.gradient, 1.0 - beta1)
+        square.mul_(beta2).addcmul_(self.gradient, self.gradient, value=1.0 - beta2)
+        denominator = (square.sqrt() / (1.0 - beta2**step).sqrt()).add_(eps)
+        self.weights.add_((mean * (-self.lr / (1.0 - beta1**step))).div_(denominator))
 
+    def state_dict(self) -> dict:
+        """That of torch's optimizer over the single parameters, which rsl_rl loads."""
+        optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+        optimizer = optimizers[self.kind](self.params, lr=float(self.lr))
+        for name, vector in self.state.items():
+            for p, part in zip(self.trained, self.split(vector)):
+                optimizer.state[p][name] = part.clone()
+        return optimizer.state_dict()
 
-def make_optimizer(params, args: Args) -> torch.optim.Optimizer:
-    params = list(dict.fromkeys(params))  # a shared encoder once; rsl_rl lists it, and so steps it, twice
-    if args.optimizer == "sgd":
-        fused = params[0].is_cuda  # torch's other kernels read the learning rate on the host
-        lr = torch.tensor(args.learning_rate, dtype=torch.float32 if fused else torch.float64, device=params[0].device)
-        return torch.optim.SGD(params, lr=lr, fused=fused)
-    return Adam(params, args.learning_rate, decoupled_weight_decay=args.optimizer == "adamw")
+    def load_state_dict(self, saved: dict) -> None:
+        """Copy such a state in place, so that a captured graph stays valid."""
+        self.lr.fill_(saved["param_groups"][0]["lr"])
+        entries = [saved["state"].get(index, {}) for index, p in enumerate(self.params) if p.requires_grad]
+        for name, vector in self.state.items():
+            for part, entry in zip(self.split(vector), entries):
+                if name in entry:
+                    part.copy_(entry[name])
 
 
 def make_batches(actor: Model, critic: Model, storage: TensorDict, permutation: torch.Tensor, args: Args) -> list[TensorDict]:
@@ -770,9 +784,9 @@ def make_batches(actor: Model, critic: Model, storage: TensorDict, permutation: 
     return list(batch.exclude("obs").split(len(permutation) // args.num_mini_batches))
 
 
-def mini_batch_step(actor: Model, critic: Model, optimizer, batch: TensorDict, loss_fn, args: Args) -> dict[str, torch.Tensor]:
+def mini_batch_step(actor: Model, critic: Model, optimizer, batch: TensorDict, args: Args) -> dict[str, torch.Tensor]:
     """One gradient step of actor and critic together."""
-    loss, metrics = loss_fn(actor, critic, batch, args)
+    loss, metrics = ppo_loss(actor, critic, batch, args)
     backward(loss, optimizer, metrics)
     if args.schedule == "adaptive":
         adapt_learning_rate(optimizer, metrics["kl"], args)
@@ -785,28 +799,27 @@ def mini_batch_step(actor: Model, critic: Model, optimizer, batch: TensorDict, l
 
 def backward(loss: torch.Tensor, optimizer, metrics: dict[str, torch.Tensor]) -> None:
     """Gradients of the loss (on several ranks: their average, and the average of the KL in `metrics`)."""
-    optimizer.zero_grad()
-    loss.backward()
+    optimizer.differentiate(loss)
 
 
 def adapt_learning_rate(optimizer, kl: torch.Tensor, args: Args) -> None:
     """Learning rate / 1.5 where the policy moved too far, x 1.5 where it hardly moved; on the device, in place."""
-    lr = optimizer.param_groups[0]["lr"]
+    lr = optimizer.lr
     slower, faster = (lr / 1.5).clamp(min=1e-5), (lr * 1.5).clamp(max=1e-2)
     faster = torch.where((kl < args.desired_kl / 2.0) & (kl > 0.0), faster, lr)
     lr.copy_(torch.where(kl > args.desired_kl * 2.0, slower, faster))
 
 
-def update(actor: Model, critic: Model, optimizer, storage: TensorDict, permutation: torch.Tensor, loss_fn, args: Args) -> dict:
+def update(actor: Model, critic: Model, optimizer, storage: TensorDict, permutation: torch.Tensor, step_fn, args: Args) -> dict:
     """All epochs over one rollout; returns what to log, on the device: (E * M,) for each mini-batch, or one number."""
     batches = make_batches(actor, critic, storage, permutation, args)
     steps = []
     for _ in range(args.num_learning_epochs):
         for batch in batches:
-            steps.append(mini_batch_step(actor, critic, optimizer, batch, loss_fn, args))
+            steps.append(step_fn(actor, critic, optimizer, batch, args))
     metrics = {f"Loss/{name}": torch.stack([step[name] for step in steps]) for name in steps[0]}
     metrics["Policy/mean_std"] = metrics.pop("Loss/mean_std")[-1]
-    metrics["Loss/learning_rate"] = optimizer.param_groups[0]["lr"].clone()
+    metrics["Loss/learning_rate"] = optimizer.lr.clone()
     with torch.no_grad():
         # The moments are learned here, after the epochs, so that the update normalises as the rollout did.
         actor.update_normalization(storage["obs"][:-1])
@@ -863,8 +876,10 @@ def capture(env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict,
     act_rows = [CudaGraph(act, actor, critic, row, **each) for row in storage.unbind(0)[:-1]]
     generators = [env.generator] if whole and hasattr(env, "generator") else []
     run_collect = CudaGraph(collect, env, critic, storage, episodes, act_rows, args, enabled=whole, generators=generators)
-    loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
-    run_update = CudaGraph(update, actor, critic, optimizer, storage, permutation, loss_fn, args, enabled=graphs)
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # loss, gradient and optimizer's step in one compiled graph
+    step_fn = torch.compile(mini_batch_step) if args.compile else mini_batch_step
+    run_update = CudaGraph(update, actor, critic, optimizer, storage, permutation, step_fn, args, enabled=graphs)
     return run_collect, run_update
 
 
@@ -1052,10 +1067,6 @@ def save_checkpoint(path: pathlib.Path, agent: dict, iteration: int, resume: dic
         resume: all else that continuing takes, under one key of its own, which rsl_rl ignores.
     """
     state = {f"{name}_state_dict": part.state_dict() for name, part in agent.items()}
-    for optimizer in (value for value in state.values() if "param_groups" in value):
-        # A float and default flags: what rsl_rl, and any other device, can load.
-        portable = {"fused": None, "foreach": None, "capturable": False}
-        optimizer["param_groups"] = [group | portable | {"lr": float(group["lr"])} for group in optimizer["param_groups"]]
     with open(path.with_suffix(".partial"), "wb") as file:
         torch.save(state | {"iter": iteration, "infos": None, "resume": resume}, file)
         file.flush()
@@ -1076,18 +1087,10 @@ def restore(agent: dict, checkpoint: dict, path: pathlib.Path) -> None:
     for name, part in agent.items():
         if f"{name}_state_dict" not in checkpoint:
             raise UserError(f"--checkpoint {path}: has no {name}_state_dict; it holds {', '.join(map(str, checkpoint))}")
-        state = checkpoint[f"{name}_state_dict"]
-        if isinstance(part, nn.Module):
-            try:
-                part.load_state_dict(state)
-            except RuntimeError as error:
-                raise UserError(f"--checkpoint {path}: {name} differs: {' '.join(str(error).split())}") from error
-            continue
-        for group, saved in zip(part.param_groups, state["param_groups"]):
-            group["lr"].fill_(float(saved["lr"]))
-            for parameter, index in zip(group["params"], saved["params"]):
-                for key, value in state["state"].get(index, {}).items():
-                    part.state[parameter][key].copy_(value)
+        try:
+            part.load_state_dict(checkpoint[f"{name}_state_dict"])
+        except RuntimeError as error:
+            raise UserError(f"--checkpoint {path}: {name} differs: {' '.join(str(error).split())}") from error
 
 
 def find_checkpoint(args: Args) -> pathlib.Path:
@@ -1376,9 +1379,8 @@ def tensors_of(agent: dict) -> list[torch.Tensor]:
     """Every tensor that an update changes: weights, statistics, optimizer state, learning rate."""
     modules = [part for part in agent.values() if isinstance(part, nn.Module)]
     tensors = [x.detach() for module in modules for x in (*module.parameters(), *module.buffers())]
-    for optimizer in (part for part in agent.values() if isinstance(part, torch.optim.Optimizer)):
-        tensors += [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-        tensors += [group["lr"] for group in optimizer.param_groups]
+    for optimizer in (part for part in agent.values() if isinstance(part, FlatOptimizer)):
+        tensors += [optimizer.lr, *optimizer.state.values()]
     return tensors
 
 
@@ -1447,7 +1449,7 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     env = env or make_env(args, device)
     obs = env.get_observations().to(device)
     actor, critic = make_models(obs, env.num_actions, args)
-    optimizer = make_optimizer([*actor.parameters(), *critic.parameters()], args)
+    optimizer = FlatOptimizer([*actor.parameters(), *critic.parameters()], args.learning_rate, args.optimizer)
     agent = {"actor": actor, "critic": critic, "optimizer": optimizer}
     if args.init_at_random_ep_len:
         env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=int(env.max_episode_length))

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 TESTS = pathlib.Path(__file__).resolve().parent
 WAITING = {"_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "item", "equal", "is_nonzero"}
 HOST_METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+HOST_ONLY = {"_local_scalar_dense", "item", "is_nonzero", "_record_function_enter_new", "_record_function_exit"}
 VIEWS_BY_SCHEMA = {"detach", "lift_fresh", "alias"}
 
 
@@ -21,7 +22,7 @@ COPIES = {"copy_", "clone", "_to_copy", "index", "cat", "stack", "_foreach_copy_
 
 
 class Operations(TorchDispatchMode):
-    """Counts ATen calls ("kernels": views left out, a foreach call is one), bytes copied, and calls that make the host wait."""
+    """Counts ATen calls ("kernels": views and host reads left out, a foreach call is one), bytes copied, and host waits."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +31,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
         result = func(*args, **(kwargs or {}))
-        if not is_view(func):
+        if not is_view(func) and name not in HOST_ONLY:
             self.kernels[name] += 1
         if name in COPIES and torch.is_tensor(result):
             self.copied += result.numel() * result.element_size()

@@ -105,9 +105,9 @@ def test_adaptive_learning_rate():
         (0.1, 1e-5, 1e-5),
         (1e-4, 9e-3, 1e-2),
     ]:
-        optimizer = module.make_optimizer([torch.nn.Parameter(torch.zeros(1))], module.Args(learning_rate=before))
+        optimizer = module.FlatOptimizer([torch.nn.Parameter(torch.zeros(1))], before)
         module.adapt_learning_rate(optimizer, torch.tensor(kl), args)
-        assert optimizer.param_groups[0]["lr"].item() == pytest.approx(after), kl
+        assert optimizer.lr.item() == pytest.approx(after), kl
 
 
 def test_statistics_count_every_finished_episode():

@@ -96,15 +96,15 @@ def test_integers_are_read_as_a_part_of_255_and_halves_as_they_are():
 
 def test_a_shared_encoder_is_stepped_and_clipped_once():
     args, obs, actor, critic = models(**BOTH, share_cnn_encoders=True, max_grad_norm=1e-3, schedule="fixed", optimizer="sgd")
-    optimizer = ppo_cnn.make_optimizer([*actor.parameters(), *critic.parameters()], args)
-    assert len(optimizer.param_groups[0]["params"]) == len({*actor.parameters(), *critic.parameters()})
+    optimizer = ppo_cnn.FlatOptimizer([*actor.parameters(), *critic.parameters()], args.learning_rate, args.optimizer)
+    assert len(optimizer.params) == len({*actor.parameters(), *critic.parameters()})
     storage = ppo_cnn.make_storage(obs, 2, actor, args)
     storage["rewards"].normal_(std=10.0)
     for row in storage.unbind(0):
         row["obs"].update_(obs)
         ppo_cnn.act(actor, critic, row)
     batch = ppo_cnn.make_batches(actor, critic, storage, torch.randperm(126), args)[0]
-    ppo_cnn.mini_batch_step(actor, critic, optimizer, batch, ppo_cnn.ppo_loss, args)
+    ppo_cnn.mini_batch_step(actor, critic, optimizer, batch, args)
     norm = lambda parameters: torch.stack([p.grad.norm() for p in parameters]).norm().item()  # noqa: E731
     assert norm(actor.parameters()) == pytest.approx(1e-3, rel=1e-2)  # a second clipping would have made it smaller
     assert norm([*critic.mlp.parameters()]) == pytest.approx(1e-3, rel=1e-2)

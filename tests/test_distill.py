@@ -224,7 +224,7 @@ def test_recurrent_teacher_remembers_over_iterations(no_export):
     path, _ = train_teacher(ppo_rnn, rnn_type="gru", **RNN)
     args = student_args(path, num_steps_per_env=10, gradient_length=5)
     student, teacher, storage, collect = in_place(args, make_env(args))
-    optimizer = module.make_optimizer(student.parameters(), args)
+    optimizer = module.FlatOptimizer(student.parameters(), args.learning_rate, args.optimizer)
     collect()
     first = storage[:-1].clone()
     module.update(student, optimizer, storage, module.behavior_loss, args)

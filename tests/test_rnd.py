@@ -46,7 +46,7 @@ def everything(agent):
     """All that learns or counts, gathered here and not by the script."""
     modules, optimizers = [agent[name] for name in ("actor", "critic", "rnd")], [agent["optimizer"], agent["rnd_optimizer"]]
     tensors = [x for part in modules for x in (*part.parameters(), *part.buffers())]
-    return tensors + [x for part in optimizers for state in part.state.values() for x in state.values()]
+    return tensors + [x for part in optimizers for x in part.state.values()]
 
 
 # ---- Parity ----

@@ -106,7 +106,7 @@ def test_one_update_from_the_reference_state(rnn_type):
 
     env, theirs = make_env(args), seen["storage"]
     actor, critic = models(args, env)
-    optimizer = ppo_rnn.make_optimizer([*actor.parameters(), *critic.parameters()], args)
+    optimizer = ppo_rnn.FlatOptimizer([*actor.parameters(), *critic.parameters()], args.learning_rate, args.optimizer)
     ppo_rnn.restore({"actor": actor, "critic": critic, "optimizer": optimizer}, seen["before"], "rsl_rl's")
     storage = ppo_rnn.make_storage(seen["obs"], env.num_actions, actor, args)
     storage["obs"][:-1].update_(theirs.observations)
@@ -123,7 +123,7 @@ def test_one_update_from_the_reference_state(rnn_type):
     last = join(seen["hidden"] if isinstance(seen["hidden"], tuple) else (seen["hidden"],))
     with torch.no_grad():
         storage["values"][-1].copy_(ppo_rnn.evaluate(critic, seen["obs"], {"critic": last})[0])
-    ppo_rnn.update(actor, critic, optimizer, storage, ppo_rnn.ppo_loss, args)
+    ppo_rnn.update(actor, critic, optimizer, storage, ppo_rnn.mini_batch_step, args)
 
     drift = step = 0.0
     for name, model in (("actor", actor), ("critic", critic)):
