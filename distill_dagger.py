@@ -190,7 +190,7 @@ class Args:
     """Gradient norm at which the student is clipped; left out: not clipped."""
 
     compile: bool = False
-    """Compile the loss with torch.compile."""
+    """Compile the gradient step with torch.compile: it takes a minute at first."""
     cuda_graphs: bool = True
     """On CUDA: capture rollout and update as CUDA graphs."""
     mixed_precision: bool = False
@@ -436,8 +436,7 @@ class Beta(nn.Module):
 class RNN(nn.Module):
     """LSTM or GRU whose whole memory is one vector per environment, the state (N, S): zeros where an episode starts.
 
-    A rollout too is done by the step: a kernel for whole sequences cannot end an episode inside one. Forward and backward
-    of T 24, N 256, H 256 on one CPU thread: GRU 112 ms, LSTM 174 ms; in one call for the sequence 121 and 138 ms.
+    A rollout too is done by the step: a kernel for whole sequences cannot end an episode inside one.
 
     Args:
         size: O, size of the input.
@@ -910,37 +909,46 @@ class FlatOptimizer:
                     part.copy_(entry[name])
 
 
-def gradient_step(student: Model, optimizer, loss: torch.Tensor, args: Args) -> torch.Tensor:
-    """One step of the optimizer; returns the norm of the gradient."""
-    optimizer.differentiate(loss)
+def gradient_step(student: Model, optimizer, state: torch.Tensor, replay: list[tuple], args: Args) -> tuple:
+    """One gradient step on gradient_length steps of the replay, from the student's `state` (N, S) on.
+
+    Args:
+        replay: for each step the inputs (N, ...), the teacher's actions (N, A), where episodes end (N, 1) and the state in
+            which an epoch begins, else None.
+
+    Returns:
+        The next state (N, S), the losses (gradient_length,) and the norm of the gradient.
+    """
+    losses = []
+    for inputs, teacher_actions, dones, first_state in replay:
+        state = state if first_state is None else first_state
+        loss, state = behavior_loss(student, inputs, state, teacher_actions, args)
+        losses.append(loss)
+        state = state.masked_fill(dones, 0.0)  # neither memory nor gradient crosses the end of an episode
+    optimizer.differentiate(sum(losses))
     if dist.is_initialized():
         optimizer.gradient.copy_(average(optimizer.gradient))
     norm = nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm or math.inf)
     optimizer.step()
-    return norm
+    return state.detach(), torch.stack(losses).detach(), norm
 
 
-def update(student: Model, optimizer, storage: TensorDict, loss_fn, args: Args) -> dict:
+def update(student: Model, optimizer, storage: TensorDict, step_fn, args: Args) -> dict:
     """Replay the rollout as often as there are epochs, and take a gradient step every gradient_length steps.
 
     Weights move during the replay and the student's memory with them, so the next rollout goes on from the memory at the
     end of the replay. Returns what to log, on the device: one number each time, (E * T,) or (E * T / gradient_length,).
     """
     rows = list(zip(*(x.unbind(0) for x in student.preprocess(storage["obs"][:-1]))))  # T times (N, O), (N, C, H, W), ...
-    teacher_actions, dones = storage["teacher_actions"], storage["dones"].unsqueeze(-1)
-    losses, norms, summed = [], [], []
-    for _ in range(args.num_learning_epochs):
-        state = storage["first_state"][0]
-        for t, inputs in enumerate(rows):
-            loss, state = loss_fn(student, inputs, state, teacher_actions[t], args)
-            losses.append(loss.detach())
-            summed.append(loss)
-            if len(summed) == args.gradient_length:
-                norms.append(gradient_step(student, optimizer, sum(summed), args))
-                state, summed = state.detach(), []
-            state = state.masked_fill(dones[t], 0.0)  # neither memory nor gradient crosses the end of an episode
-    storage["state"]["student"][0].copy_(state.detach())
-    metrics = {"Loss/behavior": torch.stack(losses), "Loss/grad_norm": torch.stack(norms)}
+    dones, state = storage["dones"].unsqueeze(-1), storage["first_state"][0]
+    epoch = [(row, storage["teacher_actions"][t], dones[t], None if t else state) for t, row in enumerate(rows)]
+    replay, losses, norms = epoch * args.num_learning_epochs, [], []
+    for start in range(0, len(replay), args.gradient_length):
+        state, loss, norm = step_fn(student, optimizer, state, replay[start : start + args.gradient_length], args)
+        losses.append(loss)
+        norms.append(norm)
+    storage["state"]["student"][0].copy_(state)
+    metrics = {"Loss/behavior": torch.cat(losses), "Loss/grad_norm": torch.stack(norms)}
     metrics["Policy/mean_std"] = storage["std"][args.num_steps_per_env - 1].mean()
     with torch.no_grad():
         # The moments are learned here, after the epochs, so that the update normalises as the rollout did.
@@ -997,8 +1005,11 @@ def capture(env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict,
     act_rows = [CudaGraph(act, student, teacher, row, **each) for row in storage.unbind(0)[:-1]]
     generators = [env.generator] if whole and hasattr(env, "generator") else []
     run_collect = CudaGraph(collect, env, storage, episodes, act_rows, args, enabled=whole, generators=generators)
-    loss_fn = torch.compile(behavior_loss) if args.compile else behavior_loss
-    run_update = CudaGraph(update, student, optimizer, storage, loss_fn, args, enabled=graphs)
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # loss, gradient and optimizer's step in one compiled graph
+        torch._dynamo.config.allow_rnn = args.rnn_type == "gru"  # nn.LSTM's kernel cannot be compiled on a CPU
+    step_fn = torch.compile(gradient_step, dynamic=False) if args.compile else gradient_step
+    run_update = CudaGraph(update, student, optimizer, storage, step_fn, args, enabled=graphs)
     return run_collect, run_update
 
 

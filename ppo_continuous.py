@@ -793,7 +793,7 @@ def capture(env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict,
     run_collect = CudaGraph(collect, env, critic, storage, episodes, act_rows, args, enabled=whole, generators=generators)
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # loss, gradient and optimizer's step in one compiled graph
-    step_fn = torch.compile(mini_batch_step) if args.compile else mini_batch_step
+    step_fn = torch.compile(mini_batch_step, dynamic=False) if args.compile else mini_batch_step
     run_update = CudaGraph(update, actor, critic, optimizer, storage, permutation, step_fn, args, enabled=graphs)
     return run_collect, run_update
 

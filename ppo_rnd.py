@@ -875,7 +875,7 @@ def update(actor: Model, critic: Model, rnd, optimizer, storage: TensorDict, per
     for _ in range(args.num_learning_epochs):
         for batch, batch_states in zip(batches, states):
             steps.append(step_fn(actor, critic, optimizer, batch, args))
-            steps[-1] |= distillation_step(rnd, batch_states)
+            steps[-1] |= rnd.step_fn(rnd, batch_states)
     metrics = {f"Loss/{name}": torch.stack([step[name] for step in steps]) for name in steps[0]}
     metrics["Policy/mean_std"] = metrics.pop("Loss/mean_std")[-1]
     metrics["Loss/learning_rate"] = optimizer.lr.clone()
@@ -938,7 +938,8 @@ def capture(env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict,
     run_collect = CudaGraph(collect, env, critic, rnd, storage, episodes, act_rows, args, enabled=whole, generators=generators)
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # loss, gradient and optimizer's step in one compiled graph
-    step_fn = torch.compile(mini_batch_step) if args.compile else mini_batch_step
+    step_fn = torch.compile(mini_batch_step, dynamic=False) if args.compile else mini_batch_step
+    rnd.step_fn = torch.compile(distillation_step, dynamic=False) if args.compile else distillation_step
     run_update = CudaGraph(update, actor, critic, rnd, optimizer, storage, permutation, step_fn, args, enabled=graphs)
     return run_collect, run_update
 

@@ -227,7 +227,7 @@ def test_recurrent_teacher_remembers_over_iterations(no_export):
     optimizer = module.FlatOptimizer(student.parameters(), args.learning_rate, args.optimizer)
     collect()
     first = storage[:-1].clone()
-    module.update(student, optimizer, storage, module.behavior_loss, args)
+    module.update(student, optimizer, storage, module.gradient_step, args)
     collect()
     both = torch.cat([first, storage[:-1].clone()])
     goes_on = 1.0 - both["dones"].unsqueeze(-1).float()
