@@ -31,11 +31,21 @@ class MjlabEnv(RslRlVecEnvWrapper):
         return self.unwrapped.render()
 
     def view(self, policy) -> None:
-        """Run `policy` (obs -> actions) in mjlab's own viewer: a window where there is a display, else a page in the browser."""
+        """Run `policy` (obs -> actions) in mjlab's own viewer: a window where a display answers, else a page in the browser."""
+        import glfw
         from mjlab.viewer import NativeMujocoViewer, ViserPlayViewer
 
-        window = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-        (NativeMujocoViewer if window else ViserPlayViewer)(self, policy).run()
+        def act(obs):  # the viewers do not say which episodes have ended, by themselves or by hand
+            if hasattr(policy, "reset"):
+                policy.reset(self.episode_length_buf == 0)
+            return policy(obs)
+
+        if (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")) and glfw.init():
+            NativeMujocoViewer(self, act).run()
+        else:
+            self.cfg.viewer.elevation *= -1  # the page counts the camera's elevation the other way: it would look from below
+            ViserPlayViewer(self, act).run()
+        self.close()
 
     def state_dict(self) -> dict:
         """What mjlab's own checkpoints keep of the environment: the step counter that its curricula follow."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+import urllib.request
 
 import pytest
 import torch
@@ -319,6 +320,33 @@ def test_mjlab_plays_our_checkpoint(tmp_path):
         output = process.stdout.read()
     [film] = tmp_path.rglob("rl-video-step-0.mp4")
     assert "Actor Model: MLPModel" in output, output
+
+
+@needs_mjlab
+@pytest.mark.parametrize("display", ["", ":65535"])
+def test_mjlab_viewer_in_the_browser(display, monkeypatch):
+    """Where no display answers: the page is served, seen from above the floor, and a policy hears of every new episode."""
+    from mjlab.viewer import ViserPlayViewer
+
+    class Policy:
+        pages, begun = [], []
+
+        def __call__(self, obs):
+            with urllib.request.urlopen(f"http://localhost:{viewers[-1]._server.get_port()}") as page:
+                self.pages.append(page.read())
+            return torch.zeros(2, 1)
+
+        def reset(self, dones):
+            self.begun.append(dones.tolist())
+
+    viewers, run = [], ViserPlayViewer.run
+    monkeypatch.setattr(ViserPlayViewer, "run", lambda viewer: viewers.append(viewer) or run(viewer, num_steps=3))
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    env, policy = envs.make("mjlab:Mjlab-Cartpole-Balance", num_envs=2, play=True, episode_length_s=0.1), Policy()
+    env.view(policy)
+    assert len(policy.pages) == 3 and all(b"<title>Viser</title>" in page for page in policy.pages)
+    assert policy.begun == [[True, True], [False, False], [True, True]] and viewers[-1].cfg.elevation > 0
 
 
 @needs_mjlab
