@@ -7,6 +7,7 @@ next step does not overwrite. Groups are the task's: `actor`, `critic`, and `cam
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 
 import mjlab.tasks  # noqa: F401  fills the registry
@@ -66,7 +67,10 @@ def make(name, num_envs, device="cpu", seed=0, play=False, terminations=True, **
     cfg.scene.num_envs = num_envs
     if not terminations:
         cfg.terminations = {}
-    return MjlabEnv(ManagerBasedRlEnv(cfg, device=str(device), render_mode="rgb_array" if play else None))
+    env = MjlabEnv(ManagerBasedRlEnv(cfg, device=str(device), render_mode="rgb_array" if play else None))
+    if play and "episode_length_s" not in options:  # never out of time; a film of it is as long as an episode of training
+        env.max_episode_length = math.ceil(load_env_cfg(name).episode_length_s / env.step_dt)
+    return env
 
 
 def defaults(name: str) -> dict:

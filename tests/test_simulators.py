@@ -268,6 +268,7 @@ def test_mjlab_play_configuration():
     env = envs.make(f"mjlab:{task}", num_envs=1, play=True, terminations=False)
     assert env.cfg.episode_length_s == load_env_cfg(task, play=True).episode_length_s
     assert env.cfg.terminations == {} and env.unwrapped.render_mode == "rgb_array"
+    assert env.max_episode_length == load_env_cfg(task).episode_length_s / env.step_dt, "a film has to end"
 
 
 @needs_mjlab
