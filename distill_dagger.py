@@ -1426,6 +1426,7 @@ def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
         return env.view(policy)
     print(f"playing {path.stem} on {args.env}")
     results = roll_out(env, policy, device, args, film=path.parent / f"play_{path.stem}")
+    close(env, None, args)
     for index in range(env.num_envs):
         print(f"episode {index + 1:2d}" + "".join(f"  {name.split('/')[-1]} {x[index]:.3f}" for name, x in results.items()))
     means = {name: sum(x) / len(x) for name, x in results.items()}

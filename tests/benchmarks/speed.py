@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -59,7 +60,9 @@ class Settings:
     threads: int = 2
     device: str = "cpu"
     compile: bool = False
-    """Compile: torch.compile for the loss here, `torch_compile_mode="default"` in rsl_rl."""
+    """Our --compile."""
+    compile_peer: bool = False
+    """rsl_rl's `torch_compile_mode="default"`."""
     float32_matmul_precision: str = "highest"
     timeout_bootstrap: str = "reference"
     """`reference` does exactly what rsl_rl does; `final_obs` costs one more value estimate per step."""
@@ -114,7 +117,7 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def time_reference(args, env) -> dict[str, list[float]]:
+def time_reference(args, env, compiled: bool = False) -> dict[str, list[float]]:
     import reference
 
     if hasattr(args, "teacher"):
@@ -124,7 +127,7 @@ def time_reference(args, env) -> dict[str, list[float]]:
         runner = reference.make_distillation_runner(args, env, ppo_continuous.Args(**settings), device=args.device)
     else:
         config = reference.configuration(args)
-        if args.compile:
+        if compiled:
             config["torch_compile_mode"] = "default"
         runner = reference.make_runner(args, env, config=config, device=args.device)
     marks, update, compute_returns = [now(args.device)], runner.alg.update, runner.alg.compute_returns
@@ -256,7 +259,7 @@ def compare(settings: Settings) -> dict:
 
     args = make_args(settings)
     print(f"{settings.script} on {args.env}, {args.num_envs} environments, {settings.threads} threads, {settings.device}")
-    peer = time_reference if settings.peer == "rsl_rl" else time_skrl
+    peer = functools.partial(time_reference, compiled=settings.compile_peer) if settings.peer == "rsl_rl" else time_skrl
     rounds = {settings.peer: [], "ours": []}
     for _ in range(settings.rounds):
         for name, function in ((settings.peer, peer), ("ours", time_ours)):
@@ -271,6 +274,41 @@ def compare(settings: Settings) -> dict:
         medians = statistics.median(theirs), statistics.median(ours)
         figures[part] = dict(theirs=medians[0], ours=medians[1], ratio=medians[0] / medians[1], low=ratios[0], high=ratios[-1])
     return figures
+
+
+def floor(args) -> dict[str, float]:
+    """The least time that an update of the base can take here: its matrix products at the rate of one large product, or its
+    bytes at that of a large copy, whichever takes longer."""
+    import ppo_continuous
+    from envs import make
+
+    def best(function) -> float:
+        times = []
+        for _ in range(5):
+            start = now(args.device)
+            function()
+            times.append(now(args.device) - start)
+        return min(times)
+
+    env = make(args.env, 2)
+    with quiet():
+        models = ppo_continuous.make_models(env.get_observations(), env.num_actions, args)
+    layers = [[p for p in model.mlp.parameters() if p.dim() == 2] for model in models]
+    samples, steps = (
+        args.num_envs * args.num_steps_per_env * args.num_learning_epochs,
+        args.num_learning_epochs * args.num_mini_batches,
+    )
+    # Forward, gradient of the weights, gradient of the inputs (which the first layer needs not), 2 operations per weight each.
+    flop = samples * sum(6 * sum(p.numel() for p in net) - 2 * net[0].numel() for net in layers)
+    # Every input once; every layer's output written and read, and its gradient; seven passes over the weights for Adam.
+    row = sum(net[0].shape[1] + 4 * sum(p.shape[0] for p in net) for net in layers) + 3 * env.num_actions + 4
+    size = 4 * (samples * row + steps * 7 * sum(p.numel() for net in layers for p in net))
+    matrix, block = torch.randn(2048, 2048, device=args.device), torch.randn(2**26, device=args.device)
+    target = torch.empty_like(block)
+    rate = 2 * 2048**3 / best(lambda: matrix @ matrix)
+    bandwidth = 2 * 4 * 2**26 / best(lambda: target.copy_(block))
+    return dict(gigaflop=flop / 1e9, gigaflop_per_s=rate / 1e9, gigabyte=size / 1e9, gigabyte_per_s=bandwidth / 1e9,
+                seconds=max(flop / rate, size / bandwidth))  # fmt: skip
 
 
 def count(settings: Settings, compiled: bool = True) -> dict:
@@ -369,6 +407,15 @@ def main(settings: Settings) -> None:
         for part, entry in figures.items():
             times = f"{settings.peer} {entry['theirs'] * 1e3:8.1f} ms   ours {entry['ours'] * 1e3:8.1f} ms"
             print(f"{part:12s} {times}   ratio {entry['ratio']:.2f} ({entry['low']:.2f} to {entry['high']:.2f})")
+        if settings.script == "ppo_continuous":
+            torch.set_float32_matmul_precision(settings.float32_matmul_precision)
+            least = figures["floor"] = floor(make_args(settings))
+            parts = f"{least['gigaflop']:.3g} GFLOP at {least['gigaflop_per_s']:.0f} GFLOP/s, {least['gigabyte']:.3g} GB"
+            print(
+                f"floor of learning: {least['seconds'] * 1e3:.1f} ms ({parts} at {least['gigabyte_per_s']:.0f} GB/s); ours",
+                end=" ",
+            )
+            print(f"takes {figures['learning']['ours'] / least['seconds']:.1f} times that")
     if settings.json:
         pathlib.Path(settings.json).write_text(json.dumps(dataclasses.asdict(settings) | {"figures": figures}, indent=1))
 
