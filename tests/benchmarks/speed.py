@@ -1,8 +1,9 @@
-"""Speed against rsl_rl 5.5.1, or skrl: the same environment, networks, batch and threads, in turn A B A B in one process.
+"""Speed against rsl_rl 5.5.1, skrl, CleanRL or LeanRL: same environment, networks, batch and threads, in turn A B A B.
 
     python tests/benchmarks/speed.py                              # 1024 environments, 512-256-128
     python tests/benchmarks/speed.py --script ppo_rnn             # any script, on its own task with that task's settings
     python tests/benchmarks/speed.py --peer skrl                  # pip install skrl
+    python tests/benchmarks/speed.py --peer cleanrl --source ~/cleanrl/cleanrl/ppo_continuous_action.py   # or leanrl
     python tests/benchmarks/speed.py --num-envs 8 --hidden-dims 8 8 8 --threads 1     # host overhead alone
     python tests/benchmarks/speed.py --count                      # kernels and waits per mini-batch, on any machine
 
@@ -42,6 +43,11 @@ TASKS = {
     "distill_dagger": "quadruped",
 }
 
+# What the files of CleanRL and LeanRL have no flags for.
+FIXED = dict(actor_obs=("policy",), critic_obs=("policy",), actor_hidden_dims=(64, 64), critic_hidden_dims=(64, 64))
+FIXED |= dict(activation="tanh", std_type="log", obs_normalization=False, schedule="fixed")
+FIXED |= dict(normalize_advantage_per_mini_batch=True, init_at_random_ep_len=False)
+
 
 @dataclasses.dataclass
 class Settings:
@@ -66,8 +72,10 @@ class Settings:
     float32_matmul_precision: str = "highest"
     timeout_bootstrap: str = "reference"
     """`reference` does exactly what rsl_rl does; `final_obs` costs one more value estimate per step."""
-    peer: Literal["rsl_rl", "skrl"] = "rsl_rl"
-    """With whom to compare."""
+    peer: Literal["rsl_rl", "skrl", "cleanrl", "leanrl"] = "rsl_rl"
+    """With whom to compare; with the last two on their terms: 64-64 tanh, no normalisation, fixed learning rate."""
+    source: str = ""
+    """The file in your clone of theirs, ppo_continuous_action.py or LeanRL's ..._torchcompile.py (wants tensordict<0.14)."""
     count: bool = False
     """Count kernels and host waits of one update instead of timing."""
     json: str = ""
@@ -89,6 +97,7 @@ def make_args(settings: Settings):
     chosen |= {"num_envs": settings.num_envs} if settings.num_envs else {"num_envs": 1024} if base else {}
     networks = ("student",) if settings.script == "distill_dagger" else ("actor", "critic")
     chosen |= {f"{network}_hidden_dims": settings.hidden_dims for network in networks} if settings.hidden_dims else {}
+    chosen |= FIXED if settings.peer in ("cleanrl", "leanrl") else {}
     names = ("compile", "device", "float32_matmul_precision", "timeout_bootstrap")
     chosen |= {name: getattr(settings, name) for name in names if hasattr(script.Args, name)}
     args = script.Args(**chosen | dict(env=env, max_iterations=settings.iterations, num_threads=settings.threads, log_root=""))
@@ -254,12 +263,70 @@ def time_skrl(args, env) -> dict[str, list[float]]:
     return {"collection": [b - a for a, b in pairs[::2]], "learning": [b - a for a, b in pairs[1::2]]}
 
 
+def time_file(source: str, args, env) -> dict[str, list[float]]:
+    """CleanRL's or LeanRL's own file, run as it is, as a program; `env` stands in for its gymnasium environment."""
+    import os
+    import runpy
+    from unittest import mock
+
+    import gymnasium
+    import numpy as np
+
+    size, starts, ends = env.get_observations()["policy"].shape[1], [], []
+
+    class Vector:
+        single_observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,))
+        single_action_space = gymnasium.spaces.Box(-np.inf, np.inf, (env.num_actions,))
+
+        def __init__(self, env_fns):
+            pass
+
+        def reset(self, seed=None):
+            return env.get_observations()["policy"].cpu().numpy(), {}
+
+        def step(self, actions):
+            starts.append(now(args.device))
+            obs, rewards, dones, extras = env.step(torch.from_numpy(actions).to(args.device))
+            results = obs["policy"], rewards, dones & ~extras["time_outs"], extras["time_outs"]
+            results = [value.cpu().numpy() for value in results]
+            ends.append(now(args.device))
+            return *results, {}
+
+        def close(self):
+            starts.append(now(args.device))
+
+    steps = args.num_steps_per_env
+    flags = dict(num_envs=args.num_envs, num_steps=steps, total_timesteps=args.max_iterations * steps * args.num_envs)
+    flags |= dict(num_minibatches=args.num_mini_batches, update_epochs=args.num_learning_epochs, clip_coef=args.clip_param)
+    flags |= dict(learning_rate=args.learning_rate, gamma=args.gamma, gae_lambda=args.lam, ent_coef=args.entropy_coef)
+    flags |= dict(vf_coef=2.0 * args.value_loss_coef, max_grad_norm=args.max_grad_norm)  # theirs halves the squared error
+    argv = [source, "--no-anneal-lr", "--no-cuda" if args.device == "cpu" else "--cuda"] + ["--compile"] * args.compile
+    argv += [f"--{name}={value}" for name, value in flags.items()]
+    torch._dynamo.reset()  # every round compiles anew: Dynamo gives up on a function after eight times
+    with (
+        quiet(),
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.dict(os.environ, WANDB_MODE="disabled"),
+        mock.patch("torch.utils.tensorboard.SummaryWriter"),  # here nobody writes logs
+        mock.patch.object(gymnasium.vector, "SyncVectorEnv", Vector),
+        torch._dynamo.config.patch(trace_autograd_ops=False),  # torch's default, which our --compile changes
+    ):
+        runpy.run_path(source, run_name="__main__")
+    # An iteration goes from its first env step to the next one's: the policy's step before that counts as learning.
+    starts, ends = starts[::steps], ends[steps - 1 :: steps]
+    pairs = {"collection": zip(starts, ends), "learning": zip(ends, starts[1:])}
+    return {part: [b - a for a, b in marks] for part, marks in pairs.items()}
+
+
 def compare(settings: Settings) -> dict:
     from envs import make
 
+    if settings.peer in ("cleanrl", "leanrl") and (not settings.source or settings.script != "ppo_continuous"):
+        raise SystemExit(f"--peer {settings.peer} compares ppo_continuous with the file that --source names")
     args = make_args(settings)
     print(f"{settings.script} on {args.env}, {args.num_envs} environments, {settings.threads} threads, {settings.device}")
-    peer = functools.partial(time_reference, compiled=settings.compile_peer) if settings.peer == "rsl_rl" else time_skrl
+    peers = {"rsl_rl": functools.partial(time_reference, compiled=settings.compile_peer), "skrl": time_skrl}
+    peer = peers.get(settings.peer, functools.partial(time_file, settings.source))
     rounds = {settings.peer: [], "ours": []}
     for _ in range(settings.rounds):
         for name, function in ((settings.peer, peer), ("ours", time_ours)):
