@@ -162,7 +162,7 @@ class Args:
     """Weight of the mirror loss."""
 
     compile: bool = False
-    """Compile the gradient step with torch.compile: it takes a minute at first."""
+    """Compile the gradient step with torch.compile, which takes ten seconds to a minute at first."""
     cuda_graphs: bool = True
     """On CUDA: capture rollout and update as CUDA graphs."""
     mixed_precision: bool = False
@@ -728,7 +728,8 @@ class FlatOptimizer:
     """
 
     def __init__(self, params, lr: float, kind: str = "adam"):
-        self.params, self.kind = list(dict.fromkeys(params)), kind  # one that two networks share once
+        self.kind = kind
+        self.params = list(dict.fromkeys(params))  # one that two networks share counts once
         self.trained = [p for p in self.params if p.requires_grad]
         self.sizes = [math.ceil(p.numel() / 16) * 16 for p in self.trained]  # matrix products want aligned memory
         self.weights = self.trained[0].data.new_zeros(sum(self.sizes))

@@ -135,3 +135,30 @@ def test_time_out_bootstraps_from_the_true_last_observation():
         del extras["final_obs"]
         assert module.bootstrap_value(critic, row, extras, args).tolist() == [5.0, 0.0]
         assert module.bootstrap_value(critic, row, {}, args).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind, torchs", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_the_flat_optimizer_steps_as_torchs_over_single_parameters(kind, torchs):
+    """To the bit, also from the middle of a run that torch's began, and a parameter without gradient stays as it is."""
+    torch.manual_seed(0)
+    shapes = [(3,), (16, 13), (16,), (1, 16), (1,), (7, 9), (64, 48)]
+    theirs = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs[0].requires_grad_(False)
+    ours = [torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in theirs]
+    reference, optimizer = torchs(theirs, lr=3e-3), module.FlatOptimizer(ours, 1.0, kind)
+    for step in range(30):
+        for p, q in zip(theirs[1:], ours[1:]):
+            p.grad = torch.randn_like(p) * 10.0 ** -(step % 5)
+            q.grad.copy_(p.grad)
+        if step == 10:
+            optimizer.load_state_dict(reference.state_dict())
+            [q.data.copy_(p) for p, q in zip(theirs, ours)]
+        norms = [torch.nn.utils.clip_grad_norm_(parameters, 1.0) for parameters in (theirs, ours)]
+        reference.step()
+        if step >= 10:
+            optimizer.step()
+            assert norms[0] == norms[1] and all(torch.equal(p, q) for p, q in zip(theirs, ours)), step
+    saved, expected = optimizer.state_dict(), reference.state_dict()
+    assert saved["param_groups"] == expected["param_groups"] and saved["state"].keys() == expected["state"].keys()
+    for index, entry in expected["state"].items():
+        assert all(torch.equal(saved["state"][index][name], value) for name, value in entry.items() if value is not None)
