@@ -686,6 +686,8 @@ class FlatOptimizer:
         """Write the gradient of the loss into `gradient`."""
         gradients = torch.autograd.grad(loss, self.trained, materialize_grads=True)
         torch._foreach_copy_([p.grad for p in self.trained], gradients)
+        if not torch.compiler.is_compiling():
+            self.kept = gradients  # until the next: blocks freed at once make a CPU's heap shrink, and fault its pages anew
 
     @torch.no_grad()
     def step(self, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2) -> None:
