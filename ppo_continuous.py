@@ -622,7 +622,7 @@ class FlatOptimizer:
     """Adam, AdamW or SGD over one vector that holds all weights: a dozen kernels a step, however many layers there are.
 
     The parameters become views of `weights`, their gradients views of `gradient`. Learning rate and step count are tensors
-    on the device, so that nothing waits and a CUDA graph sees them change. The steps are those of torch.optim, to the bit.
+    on the device, so that nothing waits and a CUDA graph sees them change. On a CPU the steps equal torch.optim's to the bit.
 
     Args:
         params: the parameters of all networks, in rsl_rl's order.
