@@ -708,7 +708,7 @@ def make_teacher(policies: list[tuple], student: Model, obs: TensorDict, num_act
         privileged = tuple(student.shapes) + first_group(obs, "privileged", "privileged_state")
         groups = args.teacher_obs or tuple(shapes) or first_group(obs, "teacher") or tuple(dict.fromkeys(privileged))
         shapes = resolve_groups(obs, "--teacher-obs", groups)
-        model = Model(shapes, num_actions, settings)
+        model = Model(shapes, num_actions, settings).to(obs.device)
         expected = model.state_dict()
         for name in dict.fromkeys([*expected, *state]):
             given, wanted = (tuple(x[name].shape) if name in x else "no such tensor" for x in (state, expected))
@@ -716,7 +716,7 @@ def make_teacher(policies: list[tuple], student: Model, obs: TensorDict, num_act
                 seen = " + ".join(f"{group} {shape}" for group, shape in shapes.items())
                 raise UserError(f"{source}: {name} is {given}, but {wanted} for --teacher-obs {seen} and {num_actions} actions")
         model.load_state_dict(state)
-        models.append(model.to(obs.device).eval().requires_grad_(False))
+        models.append(model.eval().requires_grad_(False))
     if len(models) == 1:
         return models[0]
     if args.teacher_index not in obs.keys() or obs[args.teacher_index].shape[1:] not in ((1,), (len(models),)):

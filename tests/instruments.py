@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import pathlib
 from collections import Counter
-from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,10 +64,6 @@ def host_reads():
     finally:
         for name, method in originals.items():
             setattr(torch.Tensor, name, method)
-
-
-def source_of(module: Any, names: tuple[str, ...]) -> str:
-    return "\n".join(inspect.getsource(getattr(module, name)) for name in names)
 
 
 class EmulatedGraph(TorchDispatchMode):
