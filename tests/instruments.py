@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import weakref
 from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 TESTS = pathlib.Path(__file__).resolve().parent
 WAITING = {"_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "item", "equal", "is_nonzero"}
@@ -36,6 +38,24 @@ class Operations(TorchDispatchMode):
         masks = [x for x in (args[1] if name in ("index", "index_put_", "index_put") else []) if x is not None]
         if name in WAITING or any(x.dtype in (torch.bool, torch.uint8) for x in masks):
             self.waits[name] += 1
+        return result
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of all tensors alive at once: `peak` is the most that there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0  # by storage
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+                self.peak = max(self.peak, sum(self.sizes.values()))
         return result
 
 

@@ -104,6 +104,7 @@ def test_kernels_against_the_reference():
     assert ours["kernels"] <= 2 / 3 * reference["kernels"], figures
     assert figures["ours, compiled"]["kernels"] <= 1 / 3 * figures["rsl_rl, foreach Adam"]["kernels"], figures
     assert ours["waits"] == 0 < reference["waits"], figures
+    assert ours["megabytes"] <= 1.3 * figures["rsl_rl, foreach Adam"]["megabytes"], figures
 
 
 def test_the_instruments_see_a_wait():

@@ -379,14 +379,18 @@ def floor(args) -> dict[str, float]:
 
 
 def count(settings: Settings, compiled: bool = True) -> dict:
-    """ATen calls of one update over its mini-batches; views and host reads left out, a foreach call is one (instruments.py)."""
+    """ATen calls of one update over its mini-batches; views and host reads left out, a foreach call is one (instruments.py).
+
+    And the most memory that all tensors of a training held at once, environment included.
+    """
     import instruments
     import reference
 
     import ppo_continuous
     from envs import make
 
-    args = dataclasses.replace(make_args(settings), max_iterations=2, num_envs=64)
+    full = dataclasses.replace(make_args(settings), max_iterations=2)
+    args = dataclasses.replace(full, num_envs=64)
     mini_batches, figures = args.num_learning_epochs * args.num_mini_batches, {}
 
     def counted(function, name, optimizer=None):
@@ -410,17 +414,28 @@ def count(settings: Settings, compiled: bool = True) -> dict:
             take_step, optimizer.step = optimizer.step, step
         return call
 
-    for foreach in (False, True):
+    def make_runner(args, foreach: bool):
         runner = reference.make_runner(args, make(args.env, args.num_envs))
         runner.alg.optimizer.param_groups[0]["foreach"] = foreach
+        return runner
+
+    def megabytes(train) -> float:
+        with quiet(), instruments.Memory() as memory:
+            train()
+        return memory.peak / 1e6
+
+    for foreach in (False, True):
+        runner = make_runner(args, foreach)
         name = f"rsl_rl, {'foreach' if foreach else 'looping'} Adam"
         runner.alg.update = counted(runner.alg.update, name, runner.alg.optimizer)
         with quiet():
             runner.learn(args.max_iterations)
+        figures[name]["megabytes"] = megabytes(lambda: make_runner(full, foreach).learn(full.max_iterations))
     update, ppo_continuous.update = ppo_continuous.update, counted(ppo_continuous.update, "ours")
     with quiet():
         ppo_continuous.train(args, make(args.env, args.num_envs))
     ppo_continuous.update = update
+    figures["ours"]["megabytes"] = megabytes(lambda: ppo_continuous.train(full, make(full.env, full.num_envs)))
     if compiled:
         # The waits are the eager ones: Dynamo's guards read float64 scalars where these are on the host anyway, on a CPU only.
         figures["ours, compiled"] = dict(kernels=count_compiled(args, mini_batches), waits=figures["ours"]["waits"])
@@ -468,7 +483,8 @@ def main(settings: Settings) -> None:
     if settings.count:
         figures = count(settings)
         for name, entry in figures.items():
-            print(f"{name:24s} {entry['kernels']:6.1f} kernels per mini-batch   {entry['waits']:4d} waits per update")
+            print(f"{name:24s} {entry['kernels']:6.1f} kernels per mini-batch   {entry['waits']:4d} waits per update", end="")
+            print(f"   {entry['megabytes']:4.0f} MB at most" if "megabytes" in entry else "")
     else:
         figures = compare(settings)
         for part, entry in figures.items():
