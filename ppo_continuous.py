@@ -1384,7 +1384,9 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
         for iteration in range(start, args.max_iterations):
             torch._foreach_copy_(backup, tensors_of(agent))
             times = [timestamp(device)]
-            metrics = run_collect()
+            # Inference mode makes small operations cheaper, and what is made in it read-only: so only for state kept in place.
+            with torch.inference_mode(getattr(env, "capturable", False)):
+                metrics = run_collect()
             times.append(timestamp(device))
             torch.randperm(samples, out=permutation)
             metrics = metrics | run_update()

@@ -30,6 +30,10 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
+        with self:  # a composite operation reaches a mode whole under inference_mode, and in parts without it
+            parts = func.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
         result = func(*args, **(kwargs or {}))
         if not is_view(func) and name not in HOST_ONLY:
             self.kernels[name] += 1
@@ -125,10 +129,11 @@ class EmulatedGraph(TorchDispatchMode):
         self.calls += 1
         if self.calls <= 2:
             return self.fn(*self.args)
-        if self.tape is None:
-            self.tape = []
-            with self:
-                self.result = self.fn(*self.args)
-        else:
-            self.replay()
+        with torch.inference_mode(False):  # where composite operations would be recorded whole; a graph knows no such mode
+            if self.tape is None:
+                self.tape = []
+                with self:
+                    self.result = self.fn(*self.args)
+            else:
+                self.replay()
         return self.result

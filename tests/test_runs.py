@@ -79,6 +79,21 @@ def test_users_own_environment_and_factory():
     assert done.returncode == 0 and "iteration 1/1" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("env_id", ["toy", "cartpole", "quadruped-rough", "navigation-pixels"])
+def test_an_environment_can_be_used_after_training(env_id):
+    """Tensors that were made in torch.inference_mode could not be changed here. The toy binds a new state in every step."""
+    env = toy.Toy(16) if env_id == "toy" else make(env_id, 16)
+    args = args_of(max_iterations=2, log_root="", actor_obs=("policy",), critic_obs=("policy",))
+    module.train(args, env)
+    tensors = [x for x in vars(env).values() if torch.is_tensor(x)]
+    for tensor in tensors:
+        tensor.copy_(tensor.clone())
+    obs, *_ = env.step(torch.zeros(16, env.num_actions))
+    obs["policy"].add_(1.0)
+    env.get_observations()["policy"].add_(1.0)
+    assert tensors and len(module.train(args, env)) == 2
+
+
 def test_buffers_that_the_environment_reuses():
     """An environment that returns the same tensors at every step trains like one that returns new ones."""
 
