@@ -25,6 +25,25 @@ TEACHER = types.SimpleNamespace(  # what rsl_rl has to be told of the teacher th
     **dict(distribution="gaussian", std_type="scalar", init_std=1.0),
 )
 
+# Every script once or twice on a device other than the CPU: (script, environment, Args), shortened by SHORT.
+SHORT = dict(num_envs=16, num_steps_per_env=5, num_learning_epochs=1, log_root="")
+EVERYWHERE: list[tuple[str, str, dict[str, Any]]] = [
+    ("ppo_continuous", "quadruped", {}),
+    ("ppo_continuous", "cartpole", dict(std_type="log", clip_actions=1.0, optimizer="sgd")),
+    ("ppo_rnn", "navigation-cue", dict(rnn_type="gru")),
+    ("ppo_rnn", "quadruped", dict(rnn_type="lstm", optimizer="adamw")),
+    ("ppo_cnn", "navigation-pixels", {}),
+    ("ppo_cnn", "quadruped-rough", dict(actor_obs=("policy", "scan"), share_cnn_encoders=True)),
+    ("ppo_rnd", "navigation-maze", dict(rnd_weight_schedule="linear", rnd_final_step=8)),
+    ("ppo_symmetry", "quadruped", dict(use_mirror_loss=True)),
+    ("ppo_multigpu", "quadruped", dict(distribution="heteroscedastic")),
+    (
+        "distill_dagger",
+        "navigation-cue",
+        dict(student_obs=("policy",), teacher_obs=("policy", "privileged"), rnn_type="gru", gradient_length=5),
+    ),
+]
+
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cartpole": ("ppo_continuous", "cartpole", SMALL),
     "cartpole-log-std": ("ppo_continuous", "cartpole", SMALL | dict(std_type="log", seed=2, activation="tanh")),

@@ -116,19 +116,7 @@ def test_the_instruments_see_a_wait():
     x[torch.tensor([0, 2])]  # an index by position does not wait
 
 
-STUDENT = dict(student_obs=("policy",), teacher_obs=("policy", "privileged"), rnn_type="gru", gradient_length=5)
-ELSEWHERE = {
-    "ppo_continuous": [("quadruped", {}), ("cartpole", dict(std_type="log", clip_actions=1.0, optimizer="sgd"))],
-    "ppo_rnn": [("navigation-cue", dict(rnn_type="gru")), ("quadruped", dict(rnn_type="lstm", optimizer="adamw"))],
-    "ppo_cnn": [("navigation-pixels", {}), ("quadruped-rough", dict(actor_obs=("policy", "scan"), share_cnn_encoders=True))],
-    "ppo_rnd": [("navigation-maze", dict(rnd_weight_schedule="linear", rnd_final_step=8))],
-    "ppo_symmetry": [("quadruped", dict(use_mirror_loss=True))],
-    "ppo_multigpu": [("quadruped", dict(distribution="heteroscedastic"))],
-    "distill_dagger": [("navigation-cue", STUDENT)],
-}
-
-
-@pytest.mark.parametrize("script, env_id, settings", [(script, *case) for script, pairs in ELSEWHERE.items() for case in pairs])
+@pytest.mark.parametrize("script, env_id, settings", cases.EVERYWHERE)
 def test_on_a_device_other_than_the_cpu(script, env_id, settings, monkeypatch):
     """torch's `meta` device has shapes and no numbers. A tensor left on the CPU meets one of its own and raises, and so does
     any read: `.item()`, `.cpu()`, a mask as an index. What is left to the host is one `fetch` per iteration."""
@@ -150,8 +138,7 @@ def test_on_a_device_other_than_the_cpu(script, env_id, settings, monkeypatch):
         return {name: 1.0 for name in metrics}
 
     monkeypatch.setattr(module, "fetch", fetch)
-    short = dict(num_envs=16, num_steps_per_env=5, num_learning_epochs=1, max_iterations=2, log_root="")
-    module.train(module.Args(env=env_id, device="meta", **short, **settings))
+    module.train(module.Args(env=env_id, device="meta", **cases.SHORT, max_iterations=2, **settings))
     assert len(seen) == 2 and all(set(devices.values()) == {"meta"} for devices in seen), seen
 
 

@@ -6,6 +6,8 @@
     python tests/benchmarks/speed.py --peer cleanrl --source ~/cleanrl/cleanrl/ppo_continuous_action.py   # or leanrl
     python tests/benchmarks/speed.py --num-envs 8 --hidden-dims 8 8 8 --threads 1     # host overhead alone
     python tests/benchmarks/speed.py --count                      # kernels and waits per mini-batch, on any machine
+    python tests/benchmarks/speed.py --table                      # every row of the README, without and with --compile
+    python tests/benchmarks/speed.py --table --device cuda --float32-matmul-precision high     # ... of a GPU
 
 Prints the median time of collection, learning and the whole iteration, the ratio of the medians and its spread over the
 rounds, and with --json writes them. Machines are noisy: quote the ratio, not the times.
@@ -21,6 +23,7 @@ import io
 import json
 import pathlib
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +50,28 @@ TASKS = {
 FIXED = dict(actor_obs=("policy",), critic_obs=("policy",), actor_hidden_dims=(64, 64), critic_hidden_dims=(64, 64))
 FIXED |= dict(activation="tanh", std_type="log", obs_normalization=False, schedule="fixed")
 FIXED |= dict(normalize_advantage_per_mini_batch=True, init_at_random_ep_len=False)
+
+
+# The README's rows on a CPU, and a GPU's.
+SCRIPTS = [f"--script {script} --rounds 6" for script in TASKS if script not in ("ppo_continuous", "distill_dagger")]
+SCRIPTS += ["--script distill_dagger --rounds 4 --iterations 5"]
+ROWS = {
+    "cpu": [
+        "--env quadruped --hidden-dims 128 64 --rounds 9 --iterations 7",
+        "--hidden-dims 64 64 --rounds 9 --iterations 8",
+        "--rounds 5 --iterations 5",
+        "--num-envs 8 --hidden-dims 8 8 8 --threads 1 --rounds 5 --iterations 10",
+        *SCRIPTS,
+    ],
+    "cuda": [
+        *(
+            f"--env quadruped --num-envs {n} --hidden-dims {d}"
+            for n in (256, 1024, 4096, 16384)
+            for d in ("64 64", "512 256 128")
+        ),
+        *SCRIPTS,
+    ],
+}
 
 
 @dataclasses.dataclass
@@ -78,6 +103,8 @@ class Settings:
     """The file in your clone of theirs, ppo_continuous_action.py or LeanRL's ..._torchcompile.py (wants tensordict<0.14)."""
     count: bool = False
     """Count kernels and host waits of one update instead of timing."""
+    table: bool = False
+    """All rows of the README, each in a process of its own."""
     json: str = ""
     """Also write the figures here."""
 
@@ -479,8 +506,27 @@ def count_compiled(args, mini_batches: int) -> float:
     return (sum(around.kernels.values()) - sum(inside.kernels.values()) + len(launched)) / mini_batches
 
 
+def table(settings: Settings) -> dict:
+    """A line of ratios for each row, without and with --compile."""
+    print("| | learning | whole iteration | learning, ours with `--compile` | whole iteration |\n|---|---|---|---|---|")
+    figures = {}
+    for row in ROWS[settings.device.split(":")[0]]:
+        cells = []
+        for compiled in ("--no-compile", "--compile"):
+            path = pathlib.Path(tempfile.mkdtemp()) / "figures.json"
+            flags = ["--device", settings.device, "--float32-matmul-precision", settings.float32_matmul_precision, compiled]
+            command = [sys.executable, __file__, *row.split(), *flags, "--json", str(path)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            figures[f"{row} {compiled}"] = parts = json.loads(path.read_text())["figures"]
+            cells += ["{ratio:.2f} ({low:.2f} to {high:.2f})".format(**parts[part]) for part in ("learning", "iteration")]
+        print(f"| `{row}` | {' | '.join(cells)} |", flush=True)
+    return figures
+
+
 def main(settings: Settings) -> None:
-    if settings.count:
+    if settings.table:
+        figures = table(settings)
+    elif settings.count:
         figures = count(settings)
         for name, entry in figures.items():
             print(f"{name:24s} {entry['kernels']:6.1f} kernels per mini-batch   {entry['waits']:4d} waits per update", end="")
