@@ -430,7 +430,7 @@ class CNN(nn.Sequential):
         self.size = x.shape[1:].numel() if global_pool == "none" else x.shape[1]  # L
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = (x / 255.0 if x.dtype == torch.uint8 else x).to(self[0].weight.dtype)
+        x = x.to(self[0].weight.dtype).div_(255.0) if x.dtype == torch.uint8 else x.to(self[0].weight.dtype)
         for layer in self:
             x = layer(x)
         return x
