@@ -7,7 +7,8 @@
 Implements Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) with generalised advantage estimation
 (Schulman et al. 2016, arXiv:1506.02438) in the variant of rsl_rl (Schwarke et al. 2025, arXiv:2509.10771; Rudin et al.
 2022, arXiv:2109.11978): adaptive learning rate, time-out bootstrapping, empirical observation normalisation.
-Started as `python ppo_continuous.py`, losses and weights equal those of rsl_rl 5.5.1 bit for bit (tests/test_parity.py).
+With `--timeout-bootstrap reference`, on one CPU thread, losses and weights equal those of rsl_rl 5.5.1 bit for bit
+(tests/test_parity.py).
 
 Shapes: T steps per rollout, N environments, B samples in a mini-batch, O observation size, A actions.
 """
@@ -71,7 +72,7 @@ class Args:
     timeout_bootstrap: Literal["final_obs", "reference"] = "final_obs"
     """At a time-out bootstrap from V(final_obs), where the environment gives it, or from V(s_t), as rsl_rl does."""
     clip_actions: float | None = None
-    """Clamp the actions sent to the environment to +-this."""
+    """Clamp the actions sent to the environment to +-this; no part of the policy, so to be repeated in --play."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is a GPU."""
     num_threads: int = 0
@@ -123,7 +124,7 @@ class Args:
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Optimizer of actor and critic together."""
     learning_rate: float = 1e-3
-    """Learning rate; with the adaptive schedule the first one."""
+    """Learning rate; with the adaptive schedule the first one. A resumed run goes on with its own."""
     schedule: Literal["adaptive", "fixed"] = "adaptive"
     """`adaptive` steers the learning rate so that the KL divergence of a mini-batch stays near desired_kl."""
     desired_kl: float = 0.01
@@ -506,7 +507,9 @@ def collect(env: VecEnv, critic: Model, storage: TensorDict, episodes: TensorDic
     for row, next_row, act_row in zip(rows, rows[1:], act_rows):
         act_row()
         actions = row["actions"] if args.clip_actions is None else row["actions"].clamp(-args.clip_actions, args.clip_actions)
-        obs, rewards, dones, extras = env.step(actions.to(env.device))
+        # Inference mode makes small operations cheaper, and what is made in it read-only: so only for state kept in place.
+        with torch.inference_mode(is_capturable(env)):
+            obs, rewards, dones, extras = env.step(actions.to(env.device))
         # Copied, never referenced: simulators reuse these buffers in place.
         next_row["obs"].update_(obs.select(*next_row["obs"].keys()))
         row["rewards"].copy_(rewards)
@@ -516,7 +519,7 @@ def collect(env: VecEnv, critic: Model, storage: TensorDict, episodes: TensorDic
             value = value.to(row.device, torch.get_default_dtype()).mean() if torch.is_tensor(value) else float(value)
             logs.setdefault(key if "/" in key else f"Episode/{key}", []).append(value)
     rows[-1]["values"].copy_(evaluate(critic, rows[-1]["obs"]))
-    logs = {key: torch.stack(v).mean() if torch.is_tensor(v[0]) else sum(v) / len(v) for key, v in logs.items()}
+    logs = {key: torch.stack(v).mean() if all(map(torch.is_tensor, v)) else sum(v) / len(v) for key, v in logs.items()}
     return finish_episodes(episodes, {"reward": storage["rewards"][:-1]}, storage["dones"][:-1]) | logs
 
 
@@ -532,6 +535,11 @@ def bootstrap_value(critic: Model, row: TensorDict, extras: dict, args: Args) ->
         return row["values"] * time_outs
     values = evaluate(critic, row["obs"].clone().update_(extras["final_obs"].select(*row["obs"].keys())))
     return torch.where(time_outs.bool(), values, 0.0)  # not a product: rows without a time-out may hold anything
+
+
+def is_capturable(env: VecEnv) -> bool:
+    """Declared by the environment's own class: state that a subclass or a wrapper adds need not be kept in place."""
+    return vars(type(env)).get("capturable", False)
 
 
 def make_episodes(args: Args, device: torch.device) -> TensorDict:
@@ -622,7 +630,9 @@ class FlatOptimizer:
     """Adam, AdamW or SGD over one vector that holds all weights: a dozen kernels a step, however many layers there are.
 
     The parameters become views of `weights`, their gradients views of `gradient`. Learning rate and step count are tensors
-    on the device, so that nothing waits and a CUDA graph sees them change. On a CPU the steps equal torch.optim's to the bit.
+    on the device, so that nothing waits and a CUDA graph sees them change: set the rate with `lr.fill_(x)`. `differentiate(loss)`
+    stands for zero_grad and loss.backward(), which would add to what is there. On a CPU the steps equal torch.optim's to the
+    bit, where every parameter has a gradient. Change networks before, not after.
 
     Args:
         params: the parameters of all networks, in rsl_rl's order.
@@ -640,10 +650,15 @@ class FlatOptimizer:
         for p, weights, gradient in zip(self.trained, self.split(self.weights), self.split(self.gradient)):
             weights.copy_(p.data)
             p.data, p.grad = weights, gradient
-        self.lr = torch.tensor(lr, dtype=torch.float64, device=self.weights.device)  # rounds as rsl_rl's Python float does
+        self.rate = torch.tensor([lr], dtype=torch.float64, device=self.weights.device)  # rounds as rsl_rl's Python float does
         step = torch.zeros((), device=self.weights.device)
         adam = {"step": step, "exp_avg": torch.zeros_like(self.weights), "exp_avg_sq": torch.zeros_like(self.weights)}
         self.state = {} if kind == "sgd" else adam
+
+    @property
+    def lr(self) -> torch.Tensor:
+        """A single number. It is a view, since torch.compile loses what is written into a float64 number of its own on a CPU."""
+        return self.rate[0]
 
     def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """The part of each trained parameter, in its shape; a single number is everybody's."""
@@ -685,6 +700,8 @@ class FlatOptimizer:
 
     def load_state_dict(self, saved: dict) -> None:
         """Copy such a state in place, so that a captured graph stays valid."""
+        if len(saved["param_groups"][0]["params"]) != len(self.params):
+            raise RuntimeError(f"{len(saved['param_groups'][0]['params'])} parameters, but {len(self.params)} here")
         self.lr.fill_(saved["param_groups"][0]["lr"])
         entries = [saved["state"].get(index, {}) for index, p in enumerate(self.params) if p.requires_grad]
         for name, vector in self.state.items():
@@ -789,7 +806,7 @@ def capture(env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict,
     """
     actor, critic, optimizer = agent["actor"], agent["critic"], agent["optimizer"]
     graphs = args.cuda_graphs and storage.device.type == "cuda"
-    whole = graphs and getattr(env, "capturable", False) and torch.device(env.device).type == "cuda"
+    whole = graphs and is_capturable(env) and torch.device(env.device).type == "cuda"
     each = dict(enabled=graphs and not whole, pool=torch.cuda.graph_pool_handle() if graphs else None)  # one memory for all
     act_rows = [CudaGraph(act, actor, critic, row, **each) for row in storage.unbind(0)[:-1]]
     generators = [env.generator] if whole and hasattr(env, "generator") else []
@@ -818,9 +835,14 @@ def finite_flags(storage: TensorDict, metrics: dict[str, torch.Tensor]) -> dict[
     return {f"finite/{name}": torch.stack(x.aminmax()).isfinite().all() for name, x in everything.items()}
 
 
+def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Whether an update has left weights, statistics and optimizer state finite: a device flag too."""
+    return torch.stack(torch._foreach_norm([x for x in tensors if x.is_floating_point()], math.inf)).isfinite().all()
+
+
 def describe_nan(metrics: dict[str, float], iteration: int, storage: TensorDict, run_dir: pathlib.Path | None) -> str:
     """Dump the rollout and say what was not finite first, where and when."""
-    message = "loss is not finite"
+    message = "weights or statistics are not finite after the update" if metrics["finite/loss"] else "loss is not finite"
     for name, x in watched(storage).items():
         if not metrics[f"finite/{name}"]:
             bad = ~x.isfinite().flatten(2).all(-1) if x.dim() > 2 else ~x.isfinite()  # (T + 1, N)
@@ -968,11 +990,14 @@ def resolve(spec: str, flag: str):
     module, _, name = spec.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = importlib.import_module(module or spec)
+    except ModuleNotFoundError as error:
         raise UserError(f"{flag} {spec}: cannot be imported as package.module:name ({error})") from error
     finally:
         sys.path.pop(0)
+    if not hasattr(found, name):
+        raise UserError(f"{flag} {spec}: cannot be imported as package.module:name (no {name!r} in {found.__name__})")
+    return getattr(found, name)
 
 
 def save_checkpoint(path: pathlib.Path, agent: dict, iteration: int, resume: dict) -> None:
@@ -1022,6 +1047,8 @@ def find_checkpoint(args: Args) -> pathlib.Path:
     wanted = args.checkpoint or r"model_\d+\.pt"
     searched = f"--load-run {args.load_run} --checkpoint {wanted}"
     runs = [run for run in sorted(experiment_dir(args).glob("*")) if not run.name.startswith("wandb_")]  # those are downloads
+    if not runs:
+        raise UserError(f"--load-run {args.load_run}: no run in {experiment_dir(args)} yet; --checkpoint also takes a path")
     try:
         runs = [run for run in runs if re.fullmatch(args.load_run, run.name)]
         files = [[file for file in run.glob("model_*.pt") if re.fullmatch(wanted, file.name)] for run in runs]
@@ -1150,6 +1177,7 @@ def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
         Means over the episodes: `return`, `episode_length` [env steps], what the environment logs for each of its copies as
         `Metrics/...` (over the episode) and as `Episode/...` (at its end).
     """
+    args = adopt(env, args) if env else args
     check_args(args)
     device = resolve_device(args)
     set_up_torch(args, device)
@@ -1158,6 +1186,11 @@ def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
     env = env or make_env(dataclasses.replace(args, num_envs=args.play_envs), device, **options)
     if args.agent == "policy":
         policy = load_policy(path, device, args)
+        try:
+            policy(env.get_observations().to(device))
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"--checkpoint {path}: its policy does not fit {args.env} ({error})") from error
+        policy.reset()
     else:
         size, scale = (env.num_envs, env.num_actions), float(args.agent == "random")
         policy = lambda obs: scale * (2.0 * torch.rand(size, device=device) - 1.0)  # noqa: E731
@@ -1271,7 +1304,16 @@ def make_env(args: Args, device: torch.device, **options) -> VecEnv:
 
         return make(args.env, **settings)
     except (ImportError, ValueError) as error:
-        raise UserError(str(error)) from error
+        alone = getattr(error, "name", None) == "envs"  # a script that was copied without it
+        raise UserError(f"--env {args.env}: needs the folder envs/ beside this script" if alone else str(error)) from error
+
+
+def adopt(env: VecEnv, args: Args) -> Args:
+    """Settings for an environment that was handed over: it has its own size, and gives the run its name if --env does not."""
+    own = args.env == Args.env and not type(env).__module__.startswith("envs.")
+    if own and args.video_interval:
+        raise UserError("--video-interval: films take a second environment; let --env package.module:factory make them")
+    return dataclasses.replace(args, num_envs=env.num_envs, env=type(env).__name__ if own else args.env)
 
 
 @contextlib.contextmanager
@@ -1296,6 +1338,17 @@ def tensors_of(agent: dict) -> list[torch.Tensor]:
     for optimizer in (part for part in agent.values() if isinstance(part, FlatOptimizer)):
         tensors += [optimizer.lr, *optimizer.state.values()]
     return tensors
+
+
+def check_agent(agent: dict) -> None:
+    """Refuse to train parameters that have left their optimizer's vector, as those of a network changed later: none would move."""
+    optimizers = [part for part in agent.values() if isinstance(part, FlatOptimizer)]
+    homes = {x.untyped_storage().data_ptr() for optimizer in optimizers for x in (optimizer.weights, optimizer.gradient)}
+    for module in (part for part in agent.values() if isinstance(part, nn.Module)):
+        for name, p in module.named_parameters():
+            for x in (p, p.grad) if p.requires_grad and p.numel() else ():
+                if x is None or x.untyped_storage().data_ptr() not in homes:
+                    raise RuntimeError(f"parameter {name} is not trained: change networks before their FlatOptimizer is made")
 
 
 def resume_state(args: Args, env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict) -> dict:
@@ -1330,7 +1383,7 @@ def resume_run(path: pathlib.Path, agent: dict, env: VecEnv, storage: TensorDict
     restore(agent, checkpoint, path)
     load_resume_state(checkpoint.get("resume", {}), env, storage, episodes)
     start = checkpoint["iter"] + 1
-    print(f"resuming {path} after its {start} iterations")
+    print(f"resuming {path} after its {start} iterations, with its learning rate {float(agent['optimizer'].lr):.3g}")
     if start >= args.max_iterations:
         raise UserError(f"--max-iterations {args.max_iterations}: the checkpoint has finished {start} already")
     return start
@@ -1354,12 +1407,14 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     Returns:
         One dict of metrics per iteration, keyed by log tags (`Loss/surrogate`, `Train/mean_reward`, ...).
     """
-    args = dataclasses.replace(args, num_envs=env.num_envs) if env else args
+    args = adopt(env, args) if env else args
     check_args(args)
     device = resolve_device(args)
     set_up_torch(args, device)
     path = find_checkpoint(args) if args.resume else None
     env = env or make_env(args, device)
+    if env.num_envs != args.num_envs:
+        raise UserError(f"--num-envs {args.num_envs}: {args.env} has made {env.num_envs}")
     obs = env.get_observations().to(device)
     actor, critic = make_models(obs, env.num_actions, args)
     optimizer = FlatOptimizer([*actor.parameters(), *critic.parameters()], args.learning_rate, args.optimizer)
@@ -1382,14 +1437,13 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     history = []
     with stop_signals() as stop:
         for iteration in range(start, args.max_iterations):
+            check_agent(agent)
             torch._foreach_copy_(backup, tensors_of(agent))
             times = [timestamp(device)]
-            # Inference mode makes small operations cheaper, and what is made in it read-only: so only for state kept in place.
-            with torch.inference_mode(getattr(env, "capturable", False)):
-                metrics = run_collect()
+            metrics = run_collect()
             times.append(timestamp(device))
             torch.randperm(samples, out=permutation)
-            metrics = metrics | run_update()
+            metrics = metrics | run_update() | {"finite/weights": all_finite(tensors_of(agent))}
             times.append(timestamp(device))
             stopping = bool(stop)
             metrics = fetch(metrics)

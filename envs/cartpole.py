@@ -37,6 +37,8 @@ class Cartpole(TorchEnv):
         terminations: False: leaving the track does not end the episode.
     """
 
+    capturable = True
+
     def __init__(self, num_envs, device="cpu", seed=0, play=False, terminations=True):
         super().__init__(num_envs, 1, 10.0, 0.02, device, seed, terminations)
         self.state = torch.zeros(num_envs, 4, dtype=self.dtype, device=self.device)  # x, x_dot, theta, theta_dot

@@ -206,6 +206,8 @@ class Cue(Navigation):
         terminations: False: only the time limit ends an episode.
     """
 
+    capturable = True
+
     def __init__(self, num_envs, device="cpu", seed=0, play=False, terminations=True):
         super().__init__(ROOM, 4.0, num_envs, device, seed, terminations)
         self.landmarks = self._constant([[0.5, 0.5], [3.5, 0.5], [0.5, 3.5], [3.5, 3.5]])  # (4, 2)
@@ -252,6 +254,8 @@ class Pixels(Navigation):
         play: accepted for uniformity; the task has no randomisation to switch off.
         terminations: False: only the time limit ends an episode.
     """
+
+    capturable = True
 
     def __init__(self, num_envs, device="cpu", seed=0, play=False, terminations=True):
         super().__init__(ROOM, 8.0, num_envs, device, seed, terminations)
@@ -322,6 +326,8 @@ class Maze(Navigation):
         play: accepted for uniformity; the task has no randomisation to switch off.
         terminations: False: only the time limit ends an episode.
     """
+
+    capturable = True
 
     def __init__(self, num_envs, device="cpu", seed=0, play=False, terminations=True):
         super().__init__(MAZE, 30.0, num_envs, device, seed, terminations)

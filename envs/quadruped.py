@@ -165,6 +165,8 @@ class Quadruped(TorchEnv):
         terminations: False: a fall does not end the episode.
     """
 
+    capturable = True
+
     def __init__(self, num_envs, device="cpu", seed=0, terrain="flat", play=False, terminations=True):
         if terrain not in ("flat", "rough"):
             raise ValueError(f'terrain is "{terrain}"; there are "flat" and "rough"')

@@ -13,7 +13,8 @@ class TorchEnv:
 
     A task creates its state tensors, (N, ...) each, in `__init__`, calls `self.reset_all()` as the last thing there, and
     implements `_advance`, `_reset` and `_observe`. Every tensor that outlives a step is updated IN PLACE and no value is
-    read on the host, so that `step` can be captured in a CUDA graph. Random numbers come from `self.generator` only.
+    read on the host, so that `step` can be captured in a CUDA graph: a task that keeps to it says `capturable = True`.
+    Random numbers come from `self.generator` only.
 
     Args:
         num_envs: N, the number of environments.
@@ -25,8 +26,6 @@ class TorchEnv:
         terminations: False: nothing but the time limit ends an episode (for `--play --no-terminations`).
         cfg: what to write to the run folder.
     """
-
-    capturable = True
 
     def __init__(self, num_envs, num_actions, episode_length_s, step_dt, device="cpu", seed=0, terminations=True, cfg=None):
         if num_envs < 1:

@@ -34,8 +34,9 @@ class VecEnv(Protocol):
 
     # Optional, used where present:
     #   step_dt: float                         seconds per env step (else 1.0)
-    #   capturable: bool                       `step` may run inside a CUDA graph, and on a CPU in torch.inference_mode: static
-    #                                          shapes, state updated in place
+    #   capturable: bool                       `step` may run inside a CUDA graph, and in torch.inference_mode: static shapes,
+    #                                          state updated in place. To be declared by the class itself: what a subclass or
+    #                                          a wrapper inherits does not count
     #   generator: torch.Generator             the environment's own random stream (a CUDA graph has to know it)
     #   state_dict() / load_state_dict(d)      full simulation state, so that a resumed run continues where it stopped; where
     #                                          it is not all, and episodes start afresh, load_state_dict returns False

@@ -6,6 +6,7 @@ import contextlib
 import pathlib
 import weakref
 from collections import Counter
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -129,11 +130,11 @@ class EmulatedGraph(TorchDispatchMode):
         self.calls += 1
         if self.calls <= 2:
             return self.fn(*self.args)
-        with torch.inference_mode(False):  # where composite operations would be recorded whole; a graph knows no such mode
-            if self.tape is None:
-                self.tape = []
-                with self:
-                    self.result = self.fn(*self.args)
-            else:
-                self.replay()
+        if self.tape is None:
+            self.tape = []
+            # Composite operations reach a mode whole under inference_mode, and in parts without it. Graphs know no such mode.
+            with mock.patch.object(torch, "inference_mode", lambda mode: contextlib.nullcontext()), self:
+                self.result = self.fn(*self.args)
+        else:
+            self.replay()
         return self.result

@@ -162,3 +162,6 @@ def test_the_flat_optimizer_steps_as_torchs_over_single_parameters(kind, torchs)
     assert saved["param_groups"] == expected["param_groups"] and saved["state"].keys() == expected["state"].keys()
     for index, entry in expected["state"].items():
         assert all(torch.equal(saved["state"][index][name], value) for name, value in entry.items() if value is not None)
+    saved["param_groups"][0]["params"].pop()
+    with pytest.raises(RuntimeError, match="6 parameters, but 7 here"):
+        optimizer.load_state_dict(saved)

@@ -71,6 +71,17 @@ def test_compiled_step_is_one_graph(monkeypatch):
     assert drift(None, torch.compile(module.mini_batch_step, fullgraph=True, dynamic=False)) <= 2e-5
 
 
+@needs_compiler
+def test_compiled_learning_rate_moves():
+    """What a compiled step writes into a float64 number on a CPU is lost, unless it is a view of something."""
+    args = module.Args(
+        env="cartpole", num_envs=16, max_iterations=3, log_root="", actor_hidden_dims=(8,), critic_hidden_dims=(8,)
+    )
+    eager = [metrics["Loss/learning_rate"] for metrics in module.train(args)]
+    compiled = [metrics["Loss/learning_rate"] for metrics in module.train(dataclasses.replace(args, compile=True))]
+    assert compiled == eager and len(set(eager)) > 1, (compiled, eager)
+
+
 # The learning rate is fixed: the adaptive one asks whether the first mini-batch's KL is exactly 0.
 COMPILED = {
     "ppo_continuous": dict(env="cartpole", schedule="fixed", distribution="beta"),

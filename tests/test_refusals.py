@@ -42,7 +42,7 @@ REFUSED = [
     (dict(env="no_such_package.module:make"), "--env no_such_package.module:make: cannot be imported"),
     (dict(env="toy:nothing"), "--env toy:nothing: cannot be imported"),
     (dict(logger="tensorbord", log_root="logs"), "--logger tensorbord: cannot be imported"),
-    (dict(resume=True), "nothing in logs/ppo_continuous_cartpole matches"),
+    (dict(resume=True), "no run in logs/ppo_continuous_cartpole yet"),
     (dict(resume=True, checkpoint="nowhere/model_1.pt"), "--checkpoint nowhere/model_1.pt: there is no such file"),
 ]
 
@@ -52,6 +52,23 @@ def test_refused(settings, message):
     with pytest.raises(module.UserError) as error:
         module.train(module.Args(**(TINY | settings)))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_number_of_environments_that_a_factory_made(tmp_path, monkeypatch):
+    (tmp_path / "fixed.py").write_text("import toy\ndef one(): return toy.Toy(1)\ndef broken(): return toy.Toy(1).nothing\n")
+    with pytest.raises(module.UserError, match="--num-envs 16: fixed:one has made 1"):
+        module.train(module.Args(**(TINY | dict(env="fixed:one", num_envs=16))))
+    with pytest.raises(AttributeError, match="nothing"):  # a mistake in the user's file keeps its traceback
+        module.train(module.Args(**(TINY | dict(env="fixed:broken"))))
+    (tmp_path / "mistaken.py").write_text("import torch\nx = torch.zeros(3).itme()\n")
+    with pytest.raises(AttributeError, match="itme"):
+        module.train(module.Args(**(TINY | dict(env="mistaken:make"))))
+
+
+def test_a_policy_that_does_not_fit():
+    module.train(module.Args(**(TINY | dict(log_root="logs", max_iterations=1, experiment_name="a"))))
+    with pytest.raises(module.UserError, match="its policy does not fit quadruped"):
+        module.play(module.Args(**(TINY | dict(log_root="logs", env="quadruped", experiment_name="a"))))
 
 
 def test_groups_by_convention(capsys):

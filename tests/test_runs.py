@@ -16,6 +16,7 @@ import yaml
 
 import ppo_continuous as module
 from envs import make
+from envs.cartpole import Cartpole
 
 SCRIPT = str(pathlib.Path(module.__file__))
 TINY = dict(env="cartpole", num_envs=16, max_iterations=6, actor_hidden_dims=(8,), critic_hidden_dims=(8,), logger="none")
@@ -199,6 +200,74 @@ def test_nan_stops_the_run(kind, named, value):
     saved = module.load_checkpoint(only_run() / "model_1.pt", torch.device("cpu"))  # of the last good iteration
     assert saved["iter"] == 1 and torch.equal(saved["actor_state_dict"]["mlp.0.weight"], trained["actor"].mlp[0].weight)
     assert torch.load(only_run() / "nan_2.pt", weights_only=True)["rewards"].shape == (25, 8)
+
+
+def test_an_update_that_spoils_the_statistics_stops_the_run():
+    """A number that is finite, and whose square is not: the tanh saturates and the loss is fine, the variance is not."""
+    args = args_of(activation="tanh", init_at_random_ep_len=False)
+    with pytest.raises(FloatingPointError, match="iteration 1: weights or statistics are not finite after the update"):
+        module.train(args, toy.Toy(8, fault=("obs", 30, 1e22)))
+    assert {file.name for file in only_run().glob("*.pt")} == {"model_0.pt", "nan_1.pt"}
+
+
+@pytest.mark.parametrize("change", ["double", "zero_grad", "vector_to_parameters"])
+def test_networks_that_have_left_their_optimizer(change, monkeypatch):
+    """Their weights would stay as they are, without a word."""
+    make_storage = module.make_storage
+
+    def edited(obs, num_actions, actor, args):
+        if change == "vector_to_parameters":
+            flat = torch.nn.utils.parameters_to_vector(actor.parameters()).detach()
+            torch.nn.utils.vector_to_parameters(flat, actor.parameters())
+        else:
+            getattr(actor, change)()
+        return make_storage(obs, num_actions, actor, args)
+
+    monkeypatch.setattr(module, "make_storage", edited)
+    with pytest.raises(RuntimeError, match="is not trained: change networks before their FlatOptimizer is made"):
+        module.train(args_of(log_root="", env="cartpole"))
+
+
+class Shaped(Cartpole):
+    """A subclass of a built-in task with a state that it binds anew in every step."""
+
+    def step(self, actions):
+        obs, rewards, dones, extras = super().step(actions)
+        self.smooth = 0.9 * getattr(self, "smooth", 0.0) + rewards
+        return obs, self.smooth, dones, extras
+
+
+class Delegating:
+    def __init__(self, env):
+        self.env, self.last = env, torch.zeros(env.num_envs)
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+
+    def step(self, actions):
+        obs, rewards, dones, extras = self.env.step(actions)
+        self.last = self.last + rewards
+        extras["log"] = {"success": dones.float().mean() if dones.any() else 0.0}  # now a tensor, now a number
+        return obs, rewards, dones, extras
+
+
+def test_state_that_is_added_to_a_built_in_task():
+    """`capturable` is not inherited: what these bind to new tensors can be changed after training."""
+    shaped, wrapped = Shaped(16), Delegating(make("cartpole", 16))
+    module.train(args_of(log_root="", max_iterations=2), shaped)
+    shaped.smooth.zero_()
+    history = module.train(args_of(log_root="", max_iterations=20), wrapped)
+    wrapped.last.zero_()
+    assert not module.is_capturable(shaped) and not module.is_capturable(wrapped) and module.is_capturable(wrapped.env)
+    assert all("Episode/success" in metrics for metrics in history)
+
+
+def test_an_environment_that_is_handed_over_names_the_run():
+    module.train(args_of(env="quadruped", max_iterations=1), toy.Toy(8))
+    assert [path.name for path in pathlib.Path("logs").iterdir()] == ["ppo_continuous_Toy"]
+    module.play(args_of(env="quadruped"), toy.Toy(4))
+    with pytest.raises(module.UserError, match="--video-interval: films take a second environment"):
+        module.train(args_of(env="quadruped", video_interval=1), toy.Toy(8))
 
 
 def test_rsl_rl_loads_our_checkpoint_and_we_load_its(tmp_path):
