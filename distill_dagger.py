@@ -1062,7 +1062,7 @@ def describe_nan(metrics: dict[str, float], iteration: int, storage: TensorDict,
             step = int(bad.any(1).nonzero()[0])
             message = f"{name} is not finite from step {step} on, in environments {bad[step].nonzero().flatten()[:8].tolist()}"
             break
-    message = f"iteration {iteration}: {message}; weights, optimizer and normalisers are as iteration {iteration - 1} left them"
+    message = f"iteration {iteration}: {message}; weights, optimizer and normalisers are as they were before it"
     if run_dir:
         torch.save(storage.to_dict(), run_dir / f"nan_{iteration}.pt")
         message += f"; the rollout is in {run_dir / f'nan_{iteration}.pt'}"

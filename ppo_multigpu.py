@@ -891,7 +891,7 @@ def describe_nan(metrics: dict[str, float], iteration: int, storage: TensorDict,
     ranks = gather(message)
     rank = min(range(len(ranks)), key=lambda r: (ranks[r] == "loss is not finite", metrics[f"finite/losses of rank {r}"]))
     message = f"rank {rank}: {ranks[rank]}"
-    message = f"iteration {iteration}: {message}; weights, optimizer and normalisers are as iteration {iteration - 1} left them"
+    message = f"iteration {iteration}: {message}; weights, optimizer and normalisers are as they were before it"
     if run_dir and rank == dist.get_rank():
         run_dir.mkdir(parents=True, exist_ok=True)
         torch.save(storage.to_dict(), run_dir / f"nan_{iteration}.pt")
@@ -1435,7 +1435,7 @@ def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: 
         return print("the environment starts afresh: it cannot restore its state, or has another number of environments")
     if env.load_state_dict(resume["env"]) is False:
         return print("the environment starts afresh: it has restored no more than its counters")
-    storage["obs"][-1].update_(env.get_observations().to(storage.device))
+    storage["obs"][-1].update_(env.get_observations().to(storage.device).select(*storage["obs"].keys()))
     episodes.update_(TensorDict(resume["episodes"]))
 
 
@@ -1540,7 +1540,7 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     agent = {"actor": actor, "critic": critic, "optimizer": optimizer}
     if args.init_at_random_ep_len:
         env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=int(env.max_episode_length))
-    storage = make_storage(obs, env.num_actions, actor, args)
+    storage = make_storage(obs.select(*actor.shapes, *critic.shapes), env.num_actions, actor, args)  # what is read
     episodes = make_episodes(args, device)
     start = resume_run(path, agent, env, storage, episodes, args) if path else 0
     if not args.resume and (args.checkpoint or args.wandb_run_path):

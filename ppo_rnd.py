@@ -995,7 +995,7 @@ def describe_nan(metrics: dict[str, float], iteration: int, storage: TensorDict,
             step = int(bad.any(1).nonzero()[0])
             message = f"{name} is not finite from step {step} on, in environments {bad[step].nonzero().flatten()[:8].tolist()}"
             break
-    message = f"iteration {iteration}: {message}; weights, optimizer and normalisers are as iteration {iteration - 1} left them"
+    message = f"iteration {iteration}: {message}; weights, optimizer and normalisers are as they were before it"
     if run_dir:
         torch.save(storage.to_dict(), run_dir / f"nan_{iteration}.pt")
         message += f"; the rollout is in {run_dir / f'nan_{iteration}.pt'}"
@@ -1523,7 +1523,7 @@ def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: 
         return print("the environment starts afresh: it cannot restore its state, or has another number of environments")
     if env.load_state_dict(resume["env"]) is False:
         return print("the environment starts afresh: it has restored no more than its counters")
-    storage["obs"][-1].update_(env.get_observations().to(storage.device))
+    storage["obs"][-1].update_(env.get_observations().to(storage.device).select(*storage["obs"].keys()))
     episodes.update_(TensorDict(resume["episodes"]))
 
 
@@ -1576,7 +1576,7 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     agent |= {"rnd": rnd, "rnd_optimizer": rnd.optimizer}
     if args.init_at_random_ep_len:
         env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=int(env.max_episode_length))
-    storage = make_storage(obs, env.num_actions, actor, args)
+    storage = make_storage(obs.select(*actor.shapes, *critic.shapes, *rnd.shapes), env.num_actions, actor, args)  # what is read
     episodes = make_episodes(args, device)
     start = resume_run(path, agent, env, storage, episodes, args) if path else 0
     if not args.resume and (args.checkpoint or args.wandb_run_path):

@@ -202,6 +202,16 @@ def test_nan_stops_the_run(kind, named, value):
     assert torch.load(only_run() / "nan_2.pt", weights_only=True)["rewards"].shape == (25, 8)
 
 
+def test_a_group_that_nobody_reads(monkeypatch):
+    """It is not stored, and may hold anything: a lidar that says inf where it sees nothing."""
+    env, stored, make_storage = toy.Toy(8), [], module.make_storage
+    read = env.get_observations
+    env.get_observations = lambda: read().set("lidar", torch.full((8, 3), math.inf))
+    monkeypatch.setattr(module, "make_storage", lambda *a: stored.append(make_storage(*a)) or stored[0])
+    assert len(module.train(args_of(log_root="", max_iterations=2), env)) == 2
+    assert list(stored[0]["obs"].keys()) == ["policy"]
+
+
 def test_an_update_that_spoils_the_statistics_stops_the_run():
     """A number that is finite, and whose square is not: the tanh saturates and the loss is fine, the variance is not."""
     args = args_of(activation="tanh", init_at_random_ep_len=False)
