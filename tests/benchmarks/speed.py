@@ -60,7 +60,7 @@ ROWS = {
         "--env quadruped --hidden-dims 128 64 --rounds 9 --iterations 7",
         "--hidden-dims 64 64 --rounds 9 --iterations 8",
         "--rounds 5 --iterations 5",
-        "--num-envs 8 --hidden-dims 8 8 8 --threads 1 --rounds 5 --iterations 10",
+        "--num-envs 8 --hidden-dims 8 8 8 --threads 1 --rounds 11 --iterations 10",
         *SCRIPTS,
     ],
     "cuda": [
