@@ -837,7 +837,8 @@ def finite_flags(storage: TensorDict, metrics: dict[str, torch.Tensor]) -> dict[
 
 def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Whether an update has left weights, statistics and optimizer state finite: a device flag too."""
-    return torch.stack(torch._foreach_norm([x for x in tensors if x.is_floating_point()], math.inf)).isfinite().all()
+    numbers = [x for x in tensors if x.is_floating_point() and x.numel()]
+    return torch.stack(torch._foreach_norm(numbers, math.inf)).isfinite().all()
 
 
 def describe_nan(metrics: dict[str, float], iteration: int, storage: TensorDict, run_dir: pathlib.Path | None) -> str:

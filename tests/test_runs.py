@@ -218,6 +218,8 @@ def test_an_update_that_spoils_the_statistics_stops_the_run():
     with pytest.raises(FloatingPointError, match="iteration 1: weights or statistics are not finite after the update"):
         module.train(args, toy.Toy(8, fault=("obs", 30, 1e22)))
     assert {file.name for file in only_run().glob("*.pt")} == {"model_0.pt", "nan_1.pt"}
+    assert module.all_finite([torch.ones(3), torch.zeros(0), torch.tensor(1)])
+    assert not any(module.all_finite([torch.ones(3), torch.tensor([0.0, value])]) for value in (math.nan, math.inf, -math.inf))
 
 
 @pytest.mark.parametrize("change", ["double", "zero_grad", "vector_to_parameters"])
