@@ -249,16 +249,15 @@ class EmpiricalNormalization(nn.Module):
     Buffer names are rsl_rl's; all updates are in place and stay on the device.
     """
 
-    def __init__(self, *shape: int, eps: float = 1e-2):
+    def __init__(self, *shape: int):
         super().__init__()
-        self.eps = eps
         self.register_buffer("_mean", torch.zeros(1, *shape))
         self.register_buffer("_var", torch.ones(1, *shape))
         self.register_buffer("_std", torch.ones(1, *shape))
         self.register_buffer("count", torch.tensor(0, dtype=torch.long))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x - self._mean) / (self._std + self.eps)
+        return (x - self._mean) / (self._std + 1e-2)
 
     def update(self, x: torch.Tensor) -> None:
         """Merge the moments of a batch x (B, O): Chan et al. 1983, parallel variance, in rsl_rl's order."""
@@ -276,22 +275,19 @@ class Gaussian(nn.Module):
 
     def __init__(self, num_actions: int, args: Args):
         super().__init__()
-        self.num_outputs, self.param_shapes = num_actions, ((num_actions,), (num_actions,))
-        self.std_type = args.std_type
+        self.num_actions, self.num_outputs, self.std_type = num_actions, num_actions, args.std_type
+        self.init_bias = 0.0  # of no output: it has none beyond one per action
         std = args.init_std * torch.ones(num_actions)
         name, value = ("std_param", std) if args.std_type == "scalar" else ("log_std_param", std.log())
         self.register_parameter(name, nn.Parameter(value, requires_grad=args.learn_std))
 
-    def init_head(self, head: nn.Linear) -> None:
-        """The last layer keeps torch's default initialisation."""
-
-    def split(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def mean_and_std(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (..., A) and standard deviation parameter, (A,) or (..., A)."""
         return output, self.std_param if self.std_type == "scalar" else self.log_std_param
 
     def params(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # A std clamped at 1e-6 has zero gradient for ever (as in rsl_rl); --std-type log does not get there.
-        mean, std = self.split(output)
+        mean, std = self.mean_and_std(output)
         if self.std_type == "scalar":
             std = std.clamp(1e-6, 1e6)
         else:
@@ -325,26 +321,19 @@ class Gaussian(nn.Module):
 
 
 class HeteroscedasticGaussian(Gaussian):
-    """Gaussian whose standard deviation is a network output too: the MLP gives (..., 2, A)."""
+    """Gaussian whose standard deviation is a network output too: the MLP gives (..., 2 A)."""
 
     def __init__(self, num_actions: int, args: Args):
-        nn.Module.__init__(self)
-        self.num_outputs, self.param_shapes = (2, num_actions), ((num_actions,), (num_actions,))
-        self.std_type, self.init_std = args.std_type, args.init_std
+        nn.Module.__init__(self)  # no parameter of its own
+        self.num_actions, self.num_outputs, self.std_type = num_actions, 2 * num_actions, args.std_type
+        self.init_bias = args.init_std if args.std_type == "scalar" else torch.tensor(args.init_std + 1e-7).log().item()
 
-    def init_head(self, head: nn.Linear) -> None:
-        """The std half starts as the constant init_std."""
-        half = self.num_outputs[1]
-        bias = self.init_std if self.std_type == "scalar" else torch.log(torch.tensor(self.init_std + 1e-7)).item()
-        nn.init.zeros_(head.weight[half:])
-        nn.init.constant_(head.bias[half:], bias)
-
-    def split(self, output):
-        return output.unbind(-2)
+    def mean_and_std(self, output):
+        return output.chunk(2, -1)
 
     @torch.jit.export
     def deterministic(self, output: torch.Tensor) -> torch.Tensor:
-        return output[..., 0, :]
+        return output.chunk(2, -1)[0]
 
 
 class Beta(nn.Module):
@@ -355,23 +344,15 @@ class Beta(nn.Module):
 
     def __init__(self, num_actions: int, args: Args):
         super().__init__()
-        self.num_outputs, self.param_shapes = (2, num_actions), ((num_actions, 2),)
+        self.num_actions, self.num_outputs, self.init_bias = num_actions, 2 * num_actions, 0.0
         self.low, self.scale = args.action_range[0], args.action_range[1] - args.action_range[0]
 
-    def init_head(self, head: nn.Linear) -> None:
-        """The beta half starts at zero, as in rsl_rl."""
-        half = self.num_outputs[1]
-        nn.init.zeros_(head.weight[half:])
-        nn.init.zeros_(head.bias[half:])
-
     def params(self, output):
-        alpha, beta = output.unbind(-2)
-        return (torch.stack((nn.functional.softplus(alpha) + 1.0, nn.functional.softplus(beta) + 1.0), -1),)
+        return (torch.stack([nn.functional.softplus(x) + 1.0 for x in output.chunk(2, -1)], -1),)
 
     @torch.jit.export
     def deterministic(self, output: torch.Tensor) -> torch.Tensor:
-        alpha = nn.functional.softplus(output[..., 0, :]) + 1.0
-        beta = nn.functional.softplus(output[..., 1, :]) + 1.0
+        alpha, beta = [nn.functional.softplus(x) + 1.0 for x in output.chunk(2, -1)]
         return alpha / (alpha + beta) * self.scale + self.low
 
     def dirichlet(self, params):
@@ -395,8 +376,8 @@ class Beta(nn.Module):
         return self.dirichlet(params).entropy().sum(-1)
 
     def kl(self, old, new):
-        beta = lambda params: torch.distributions.Beta(*params[0].unbind(-1), validate_args=False)  # noqa: E731
-        return torch.distributions.kl_divergence(beta(old), beta(new)).sum(-1)
+        old, new = (torch.distributions.Beta(*params[0].unbind(-1), validate_args=False) for params in (old, new))
+        return torch.distributions.kl_divergence(old, new).sum(-1)
 
 
 class RNN(nn.Module):
@@ -468,7 +449,9 @@ class Model(nn.Module):
         self.distribution = distribution
         self.mlp = make_mlp(args.rnn_hidden_dim, distribution.num_outputs if distribution else 1, hidden_dims, args.activation)
         if distribution:
-            distribution.init_head(next(m for m in reversed(self.mlp) if isinstance(m, nn.Linear)))
+            # The outputs beyond one per action, where it has any (std, beta), start as a constant, as in rsl_rl.
+            nn.init.zeros_(self.mlp[-1].weight[distribution.num_actions :])
+            nn.init.constant_(self.mlp[-1].bias[distribution.num_actions :], distribution.init_bias)
         self.rnn = RNN(size, args)  # after the MLP: the order in which rsl_rl draws the weights
 
     def concatenate(self, obs: TensorDict) -> torch.Tensor:
@@ -489,15 +472,11 @@ class Model(nn.Module):
             self.obs_normalizer.update(self.concatenate(obs).flatten(0, 1))
 
 
-def make_mlp(num_inputs: int, num_outputs: int | tuple[int, ...], hidden_dims, activation: str) -> nn.Sequential:
+def make_mlp(num_inputs: int, num_outputs: int, hidden_dims, activation: str) -> nn.Sequential:
     """Linear layers with an activation between, in torch's default initialisation; layer names are rsl_rl's."""
     sizes = [num_inputs, *hidden_dims]
     layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), make_activation(activation))]
-    if isinstance(num_outputs, tuple):
-        layers += [nn.Linear(sizes[-1], math.prod(num_outputs)), nn.Unflatten(-1, num_outputs)]
-    else:
-        layers += [nn.Linear(sizes[-1], num_outputs)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], num_outputs))
 
 
 def make_activation(name: str) -> nn.Module:
@@ -513,8 +492,7 @@ def make_actor(shapes: dict[str, tuple[int, ...]], num_actions: int, args: Args)
 
 def make_models(obs: TensorDict, num_actions: int, args: Args) -> tuple[Model, Model]:
     """Actor, then critic: the order in which rsl_rl draws their initial weights."""
-    groups = resolve_groups(obs, args)
-    shapes = {name: {group: tuple(obs[group].shape[1:]) for group in groups[name]} for name in groups}
+    shapes = {name: {g: tuple(obs[g].shape[1:]) for g in groups} for name, groups in resolve_groups(obs, args).items()}
     actor = make_actor(shapes["actor"], num_actions, args)
     critic = Model(shapes["critic"], args.critic_hidden_dims, args)
     return actor.to(obs.device), critic.to(obs.device)
@@ -525,15 +503,16 @@ def resolve_groups(obs: TensorDict, args: Args) -> dict[str, tuple[str, ...]]:
     actor = args.actor_obs or first_group(obs, "actor", "policy", "state")
     critic = args.critic_obs or first_group(obs, "critic") or actor + first_group(obs, "privileged", "privileged_state")
     available = ", ".join(f"{group} {tuple(x.shape[1:])}" for group, x in obs.items())
-    for flag, groups in {"--actor-obs": actor, "--critic-obs": critic}.items():
+    chosen = {"actor": actor, "critic": critic}
+    for name, groups in chosen.items():
         missing = [group for group in groups if group not in obs.keys()]
         if missing or not groups:
-            raise UserError(f"{' '.join([flag, *missing])}: the environment has no such group; it has {available}")
+            raise UserError(f"{' '.join([f'--{name}-obs', *missing])}: the environment has no such group; it has {available}")
         for group in groups:
             if obs[group].dim() != 2:
-                raise UserError(f"{flag} {group}: must be vectors (O,), or images in ppo_cnn.py; the groups are {available}")
-        print(f"{flag[2:-4]} observes {' + '.join(f'{group} {tuple(obs[group].shape[1:])}' for group in groups)}")
-    return {"actor": actor, "critic": critic}
+                raise UserError(f"--{name}-obs {group}: must be vectors (O,), or images in ppo_cnn.py; there are {available}")
+        print(f"{name} observes {' + '.join(f'{group} {tuple(obs[group].shape[1:])}' for group in groups)}")
+    return chosen
 
 
 def first_group(obs: TensorDict, *names: str) -> tuple[str, ...]:
@@ -547,29 +526,27 @@ def make_storage(obs: TensorDict, num_actions: int, actor: Model, args: Args) ->
     """Rows 0..T-1 hold a rollout, all (T + 1, N, ...); row T only the observation and the value after its last step."""
     rows, n, device = args.num_steps_per_env + 1, args.num_envs, obs.device
 
-    def zeros(*shape, dtype=torch.get_default_dtype()):
-        return torch.zeros(rows, n, *shape, dtype=dtype, device=device)
+    def zeros(*shape):
+        return torch.zeros(rows, n, *shape, device=device)
 
+    params = actor.distribution.params(zeros(actor.distribution.num_outputs))  # of zeros: only their shapes count
     # Vectors become the networks' dtype here, whatever the environment returns; images are stored as they come.
-    groups = {g: zeros(*x.shape[1:], dtype=torch.get_default_dtype() if x.dim() == 2 else x.dtype) for g, x in obs.items()}
-    params = {str(index): zeros(*shape) for index, shape in enumerate(actor.distribution.param_shapes)}
+    groups = {g: x.to(torch.get_default_dtype()) if x.dim() == 2 else x for g, x in obs.items()}
     state = TensorDict({name: torch.zeros(n, actor.rnn.state_size, device=device) for name in ("actor", "critic")}, [n])
-    storage = TensorDict(
-        obs=TensorDict(groups, batch_size=[rows, n]),
+    return TensorDict(
+        obs=TensorDict(groups, batch_size=[n]).expand(rows, n).contiguous(),  # row T starts the first rollout
         actions=zeros(num_actions),
         log_prob=zeros(),
-        params=TensorDict(params, batch_size=[rows, n]),  # of the distribution that acted
+        params={str(i): torch.zeros_like(x) for i, x in enumerate(params)},  # of the distribution that acted
         values=zeros(),
         rewards=zeros(),
         bootstrap=zeros(),  # value of what follows a time-out
-        dones=zeros(dtype=torch.bool),  # dones[t] follows actions[t]
+        dones=zeros().bool(),  # dones[t] follows actions[t]
         state=state.expand(rows, n),  # of the RNNs; expanded: every row shows the same memory, which `act` overwrites
         first_state=state.clone().expand(rows, n),  # that of row 0, all that the update needs
         batch_size=[rows, n],
         device=device,
     )
-    storage["obs"][-1].update_(obs)
-    return storage
 
 
 @torch.no_grad()
@@ -623,14 +600,14 @@ def bootstrap_value(critic: Model, row: TensorDict, extras: dict, args: Args) ->
 
     The returned observation is already the next episode's. rsl_rl takes V(s_t) instead; V(final_obs) is the true value.
     """
+    values = row["values"]
     if "time_outs" not in extras:
-        return torch.zeros_like(row["values"])
-    time_outs = extras["time_outs"].to(row.device)
-    if args.timeout_bootstrap == "reference" or extras.get("final_obs") is None:
-        return row["values"] * time_outs
-    final_obs = row["obs"].clone().update_(extras["final_obs"].select(*row["obs"].keys()))
-    values, _ = evaluate(critic, final_obs, row["state"])
-    return torch.where(time_outs.bool(), values, 0.0)  # not a product: rows without a time-out may hold anything
+        return torch.zeros_like(values)
+    if args.timeout_bootstrap == "final_obs" and extras.get("final_obs") is not None:
+        final_obs = row["obs"].clone().update_(extras["final_obs"].select(*row["obs"].keys()))
+        values = evaluate(critic, final_obs, row["state"])[0]
+    # Not a product: rows without a time-out may hold anything.
+    return torch.where(extras["time_outs"].to(row.device).bool(), values, 0.0)
 
 
 def is_capturable(env: VecEnv) -> bool:
@@ -661,16 +638,14 @@ def finish_episodes(episodes: TensorDict, series: dict[str, torch.Tensor], dones
 
 def compute_gae(storage: TensorDict, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimate: advantages and returns, (T, N) each."""
-    values, rewards, bootstrap = storage["values"], storage["rewards"][:-1], storage["bootstrap"][:-1]
+    values = storage["values"]
     # A time-out is no end of the task: r_t + gamma V(s'_t) goes on where the episode was cut.
-    rewards = rewards + args.gamma * bootstrap
-    not_done = 1.0 - storage["dones"][:-1].to(values.dtype)
-    discount = not_done * args.gamma
+    rewards = storage["rewards"][:-1] + args.gamma * storage["bootstrap"][:-1]
+    discount = args.gamma * ~storage["dones"][:-1]
     # delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                 arXiv:1506.02438 eq. 10
-    delta = rewards + discount * values[1:] - values[:-1]
-    # A_t = delta_t + gamma lambda A_{t+1}                                       arXiv:1506.02438 eq. 16
+    advantages = rewards + discount * values[1:] - values[:-1]
+    # A_t = delta_t + gamma lambda A_{t+1}, in place                             arXiv:1506.02438 eq. 16
     decay = discount * args.lam
-    advantages = delta.clone()
     for t in reversed(range(args.num_steps_per_env - 1)):
         advantages[t].add_(decay[t] * advantages[t + 1])
     returns = advantages + values[:-1]
@@ -692,8 +667,6 @@ def ppo_loss(actor: Model, critic: Model, batch: TensorDict, args: Args) -> tupl
     values = values.to(batch["returns"].dtype)
     log_prob = actor.distribution.log_prob(params, batch["actions"])  # (T, B)
     entropy = actor.distribution.entropy(params).mean()
-    with torch.no_grad():
-        kl = actor.distribution.kl(tuple(batch["params"].values()), params).mean()  # KL(old || new), exact
 
     advantages = batch["advantages"]
     if args.normalize_advantage_per_mini_batch:
@@ -714,7 +687,8 @@ def ppo_loss(actor: Model, critic: Model, batch: TensorDict, args: Args) -> tupl
 
     loss = surrogate_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
     with torch.no_grad():
-        clip_fraction = (ratio != clipped).to(loss.dtype).mean()
+        kl = actor.distribution.kl(tuple(batch["params"].values()), params).mean()  # KL(old || new), exact
+        clip_fraction = (ratio != clipped).mean(dtype=loss.dtype)
         mean_std = actor.distribution.std(params).mean()
     metrics = {"surrogate": surrogate_loss, "value": value_loss, "entropy": entropy, "kl": kl}
     return loss, metrics | {"clip_fraction": clip_fraction, "mean_std": mean_std}
@@ -747,18 +721,13 @@ class FlatOptimizer:
         for p, weights, gradient in zip(self.trained, self.split(self.weights), self.split(self.gradient)):
             weights.copy_(p.data)
             p.data, p.grad = weights, gradient
-        self.rate = torch.tensor([lr], dtype=torch.float64, device=self.weights.device)  # rounds as rsl_rl's Python float does
-        step = torch.zeros((), device=self.weights.device)
-        adam = {"step": step, "exp_avg": torch.zeros_like(self.weights), "exp_avg_sq": torch.zeros_like(self.weights)}
-        self.state = {} if kind == "sgd" else adam
-
-    @property
-    def lr(self) -> torch.Tensor:
-        """A single number. It is a view, since torch.compile loses what is written into a float64 number of its own on a CPU."""
-        return self.rate[0]
+        # float64 rounds as rsl_rl's Python float does. (1,), not (): on a CPU torch.compile loses what is written into that.
+        self.lr = torch.tensor([lr], dtype=torch.float64, device=self.weights.device)
+        step, moment = torch.zeros((), device=self.weights.device), torch.zeros_like(self.weights)
+        self.state = {} if kind == "sgd" else {"step": step, "exp_avg": moment, "exp_avg_sq": moment.clone()}
 
     def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """The part of each trained parameter, in its shape; a single number is everybody's."""
+        """The part of each trained parameter, in its shape; a single number (Adam's step count) is everybody's."""
         if not vector.dim():
             return [vector] * len(self.trained)
         return [part[: p.numel()].view_as(p) for part, p in zip(vector.split(self.sizes), self.trained)]
@@ -772,19 +741,19 @@ class FlatOptimizer:
 
     @torch.no_grad()
     def step(self, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2) -> None:
-        if self.kind == "sgd":
-            lr = self.lr.to(self.weights.dtype).double()  # theta -= lr g, rounded once, as torch's multiply-add does
-            self.weights.copy_(self.weights.double() - lr * self.gradient.double())
+        lr = self.lr[0]
+        if self.kind == "sgd":  # theta -= lr g, rounded once, as torch's multiply-add does
+            self.weights.sub_(lr.to(self.weights.dtype).double() * self.gradient.double())
             return
         if self.kind == "adamw":
-            self.weights.mul_(1.0 - self.lr * weight_decay)
+            self.weights.mul_(1.0 - lr * weight_decay)
         # theta -= lr m_hat / (sqrt(v_hat) + eps)                                 arXiv:1412.6980 algorithm 1
         step, mean, square = self.state.values()
         step = step.add_(1.0).double()
         mean.lerp_(self.gradient, 1.0 - beta1)
         square.mul_(beta2).addcmul_(self.gradient, self.gradient, value=1.0 - beta2)
         denominator = (square.sqrt() / (1.0 - beta2**step).sqrt()).add_(eps)
-        self.weights.add_((mean * (-self.lr / (1.0 - beta1**step))).div_(denominator))
+        self.weights.add_((mean * (-lr / (1.0 - beta1**step))).div_(denominator))
 
     def state_dict(self) -> dict:
         """That of torch's optimizer over the single parameters, which rsl_rl loads."""
@@ -797,9 +766,10 @@ class FlatOptimizer:
 
     def load_state_dict(self, saved: dict) -> None:
         """Copy such a state in place, so that a captured graph stays valid."""
-        if len(saved["param_groups"][0]["params"]) != len(self.params):
-            raise RuntimeError(f"{len(saved['param_groups'][0]['params'])} parameters, but {len(self.params)} here")
-        self.lr.fill_(saved["param_groups"][0]["lr"])
+        group = saved["param_groups"][0]
+        if len(group["params"]) != len(self.params):
+            raise RuntimeError(f"{len(group['params'])} parameters, but {len(self.params)} here")
+        self.lr.fill_(group["lr"])
         entries = [saved["state"].get(index, {}) for index, p in enumerate(self.params) if p.requires_grad]
         for name, vector in self.state.items():
             for part, entry in zip(self.split(vector), entries):
@@ -809,9 +779,8 @@ class FlatOptimizer:
 
 def make_batches(actor: Model, critic: Model, storage: TensorDict, args: Args) -> list[TensorDict]:
     """GAE, then the rollout normalised once and cut into slices of environments (T, B, ...), the same in every epoch."""
-    advantages, returns = compute_gae(storage, args)
     rollout = storage.select("obs", "actions", "log_prob", "params", "values", "dones", "first_state")[:-1]
-    rollout["advantages"], rollout["returns"] = advantages, returns
+    rollout["advantages"], rollout["returns"] = compute_gae(storage, args)
     rollout["actor_input"], rollout["critic_input"] = actor.preprocess(rollout["obs"]), critic.preprocess(rollout["obs"])
     size = args.num_envs // args.num_mini_batches  # environments; those that do not fill one are dropped
     return list(rollout.exclude("obs").split(size, dim=1))[: args.num_mini_batches]
@@ -830,7 +799,7 @@ def mini_batch_step(actor: Model, critic: Model, optimizer, batch: TensorDict, a
 
 
 def backward(loss: torch.Tensor, optimizer, metrics: dict[str, torch.Tensor]) -> None:
-    """Gradients of the loss (on several ranks: their average, and the average of the KL in `metrics`)."""
+    """Gradients of the loss. (ppo_multigpu.py averages them over the ranks here, and the KL in `metrics`.)"""
     optimizer.differentiate(loss)
 
 
@@ -845,28 +814,25 @@ def adapt_learning_rate(optimizer, kl: torch.Tensor, args: Args) -> None:
 def update(actor: Model, critic: Model, optimizer, storage: TensorDict, step_fn, args: Args) -> dict:
     """All epochs over one rollout; returns what to log, on the device: (E * M,) for each mini-batch, or one number."""
     batches = make_batches(actor, critic, storage, args)
-    steps = []
-    for _ in range(args.num_learning_epochs):
-        for batch in batches:
-            steps.append(step_fn(actor, critic, optimizer, batch, args))
+    steps = [step_fn(actor, critic, optimizer, batch, args) for batch in batches * args.num_learning_epochs]
     metrics = {f"Loss/{name}": torch.stack([step[name] for step in steps]) for name in steps[0]}
     metrics["Policy/mean_std"] = metrics.pop("Loss/mean_std")[-1]
     metrics["Loss/learning_rate"] = optimizer.lr.clone()
-    with torch.no_grad():
-        # The moments are learned here, after the epochs, so that the update normalises as the rollout did.
-        actor.update_normalization(storage["obs"][:-1])
-        critic.update_normalization(storage["obs"][:-1])
-        returns, values = (torch.cat([batch[name] for batch in batches]) for name in ("returns", "values"))
-        metrics["Loss/explained_variance"] = 1.0 - (returns - values).var() / returns.var()
+    # The moments are learned here, after the epochs, so that the update normalises as the rollout did.
+    actor.update_normalization(storage["obs"][:-1])
+    critic.update_normalization(storage["obs"][:-1])
+    returns, values = (torch.cat([batch[name] for batch in batches]) for name in ("returns", "values"))
+    metrics["Loss/explained_variance"] = 1.0 - (returns - values).var() / returns.var()
     return metrics | finite_flags(storage, metrics)
 
 
 class CudaGraph:
     """`fn(*args)` as one CUDA graph launch; where not `enabled`, just the call.
 
-    Two ordinary calls warm up (they are real iterations), the third is recorded, and from then on every call replays the
-    same kernels on the same memory. So `fn` may only touch tensors that stay where they are and are changed in place, and
-    must not read one on the host. What it returns is overwritten by the next call.
+    Two ordinary calls come first (real iterations): one warms up, the other shows whether `fn` waits for the device, which
+    no graph can; then it stays without. Else the third is recorded, and from then on every call replays the same kernels on
+    the same memory: `fn` may only touch tensors that stay where they are and are changed in place. What it returns is
+    overwritten by the next call.
     """
 
     def __init__(self, fn, *args, enabled: bool, generators=(), pool=None):
@@ -875,24 +841,37 @@ class CudaGraph:
 
     def __call__(self):
         self.calls += 1
-        if self.enabled and self.calls > 2 and self.graph is None:
-            self.record()
-        if self.graph is None:
+        if not self.enabled or self.calls == 1:
             return self.fn(*self.args)
+        if self.calls == 2:
+            return self.rehearse()
+        if self.graph is None:
+            self.record()
         self.graph.replay()
         return self.result
 
+    def rehearse(self):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            result = self.fn(*self.args)
+            torch.cuda.set_sync_debug_mode("default")
+        waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
+        if waits:
+            self.enabled = False
+            print(f"{self.fn.__name__} runs without a CUDA graph, since {waits[0]} waits for the device")
+        return result
+
     def record(self) -> None:
-        graph = torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
-            graph.register_generator_state(generator)
+            self.graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may use CUDA
+            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may use CUDA
                 self.result = self.fn(*self.args)
         except RuntimeError as error:  # after which torch's allocator and stream are of no use any more
             cause = str(error.__context__ or error).splitlines()[0]
             raise UserError(f"--cuda-graphs: {self.fn.__name__} cannot be captured ({cause}); use --no-cuda-graphs") from error
-        self.graph = graph
 
 
 def capture(env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict, args: Args):
@@ -906,7 +885,7 @@ def capture(env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict,
     whole = graphs and is_capturable(env) and torch.device(env.device).type == "cuda"
     each = dict(enabled=graphs and not whole, pool=torch.cuda.graph_pool_handle() if graphs else None)  # one memory for all
     act_rows = [CudaGraph(act, actor, critic, row, **each) for row in storage.unbind(0)[:-1]]
-    generators = [env.generator] if whole and hasattr(env, "generator") else []
+    generators = [env.generator] if hasattr(env, "generator") else []
     run_collect = CudaGraph(collect, env, critic, storage, episodes, act_rows, args, enabled=whole, generators=generators)
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # loss, gradient and optimizer's step in one compiled graph
@@ -919,16 +898,11 @@ def capture(env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict,
 # ---- NaN guard ------------------------------------------------------------------------------------------------------
 
 
-def watched(storage: TensorDict) -> dict[str, torch.Tensor]:
-    """What must be finite in a rollout, (T, N, ...) each."""
-    groups = {f"observation group '{name}'": x for name, x in storage["obs"].items() if x.is_floating_point()}
-    return groups | {"reward": storage["rewards"], "value of final_obs": storage["bootstrap"]}
-
-
 def finite_flags(storage: TensorDict, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """One device flag for each thing that must be finite; the host reads them once per iteration, with the metrics."""
     losses = torch.stack([metrics["Loss/surrogate"], metrics["Loss/value"]])
-    everything = watched(storage) | {"loss": losses}
+    watched = storage.select("obs", "rewards", "bootstrap").flatten_keys(" ")
+    everything = {name: x for name, x in watched.items() if x.is_floating_point()} | {"loss": losses}
     # The smallest and the largest number are finite where all are, and are found in a tenth of the time.
     return {f"finite/{name}": torch.stack(x.aminmax()).isfinite().all() for name, x in everything.items()}
 
@@ -942,11 +916,12 @@ def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
 def describe_nan(metrics: dict[str, float], iteration: int, storage: TensorDict, run_dir: pathlib.Path | None) -> str:
     """Dump the rollout and say what was not finite first, where and when."""
     message = "weights or statistics are not finite after the update" if metrics["finite/loss"] else "loss is not finite"
-    for name, x in watched(storage).items():
-        if not metrics[f"finite/{name}"]:
-            bad = ~x.isfinite().flatten(2).all(-1) if x.dim() > 2 else ~x.isfinite()  # (T + 1, N)
+    for name, x in storage.flatten_keys(" ").items():  # obs <group>, actions, ..., rewards, bootstrap
+        bad = ~x.isfinite().unsqueeze(-1).flatten(2).all(-1)  # (T + 1, N)
+        if bad.any():
             step = int(bad.any(1).nonzero()[0])
-            message = f"{name} is not finite from step {step} on, in environments {bad[step].nonzero().flatten()[:8].tolist()}"
+            name = name.replace("obs ", "observation group ")
+            message = f"non-finite {name} from step {step} on, in environments {bad[step].nonzero().flatten()[:8].tolist()}"
             break
     message = f"iteration {iteration}: {message}; weights, optimizer and normalisers are as they were before it"
     if run_dir:
@@ -963,8 +938,7 @@ def fetch(metrics: dict) -> dict[str, float]:
     tensors = {name: value.reshape(-1) for name, value in metrics.items() if torch.is_tensor(value)}
     numbers = iter(torch.cat([value.double() for value in tensors.values()]).tolist())
     means = {name: sum(next(numbers) for _ in range(len(value))) / len(value) for name, value in tensors.items()}
-    metrics = metrics | means
-    return metrics
+    return metrics | means
 
 
 def timestamp(device: torch.device):
@@ -985,8 +959,7 @@ def summarize(metrics: dict[str, float], times: list, args: Args) -> dict[str, f
     metrics = {name: value for name, value in metrics.items() if not name.startswith("finite/")}
     episodes = metrics.pop("num_episodes")
     for name in ("reward", "episode_length"):
-        total = metrics.pop(name)
-        metrics[f"Train/mean_{name}"] = total / episodes if episodes else math.nan
+        metrics[f"Train/mean_{name}"] = metrics.pop(name) / (episodes or math.nan)
     metrics["Train/num_episodes"] = episodes
     metrics["Perf/collection_time"] = seconds_between(times[0], times[1])  # s
     metrics["Perf/learning_time"] = seconds_between(times[1], times[2])  # s
@@ -1066,18 +1039,18 @@ def make_writer(args: Args, env: VecEnv, run_dir: pathlib.Path | None):
 def upload(path: pathlib.Path, iteration: int, args: Args, writer) -> None:
     """Hand a checkpoint or a film to the logger, where it has a place for it."""
     kind = "model" if path.suffix == ".pt" else "video"
-    if not path.exists():  # an environment that cannot draw
+    if writer is None or not path.exists():  # no film: an environment that cannot draw
         return
     if hasattr(writer, f"save_{kind}"):  # rsl_rl's writers
         getattr(writer, f"save_{kind}")(path if kind == "video" else str(path), iteration)
-    elif args.logger == "wandb" and writer:
+    elif args.logger == "wandb":
         import wandb
 
         if kind == "video":
             wandb.log({"video": wandb.Video(str(path), format="gif")})
         elif args.upload_model:
             wandb.log_artifact(str(path), name=f"model-{wandb.run.id}", type="model")
-    elif args.logger == "tensorboard" and writer and kind == "video":
+    elif args.logger == "tensorboard" and kind == "video":
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         image = Summary.Image(encoded_image_string=path.read_bytes())  # it plays a GIF
@@ -1085,15 +1058,13 @@ def upload(path: pathlib.Path, iteration: int, args: Args, writer) -> None:
 
 
 def resolve(spec: str, flag: str):
-    """The object that `package.module:name` names, looked for from the working directory too."""
+    """The object that `package.module:name` names, looked for in the working directory too."""
     module, _, name = spec.partition(":")
-    sys.path.insert(0, os.getcwd())
+    sys.path.append(os.getcwd())
     try:
         found = importlib.import_module(module or spec)
     except ModuleNotFoundError as error:
         raise UserError(f"{flag} {spec}: cannot be imported as package.module:name ({error})") from error
-    finally:
-        sys.path.pop(0)
     if not hasattr(found, name):
         raise UserError(f"{flag} {spec}: cannot be imported as package.module:name (no {name!r} in {found.__name__})")
     return getattr(found, name)
@@ -1139,23 +1110,18 @@ def find_checkpoint(args: Args) -> pathlib.Path:
     """The checkpoint that --checkpoint, --load-run and --wandb-run-path name; left out: the newest of the experiment."""
     if args.wandb_run_path:
         return download_checkpoint(args)
-    if args.checkpoint and ("/" in args.checkpoint or pathlib.Path(args.checkpoint).exists()):
-        if not pathlib.Path(args.checkpoint).is_file():
-            raise UserError(f"--checkpoint {args.checkpoint}: there is no such file")
+    if pathlib.Path(args.checkpoint).is_file():
         return pathlib.Path(args.checkpoint)
     wanted = args.checkpoint or r"model_\d+\.pt"
     searched = f"--load-run {args.load_run} --checkpoint {wanted}"
-    runs = [run for run in sorted(experiment_dir(args).glob("*")) if not run.name.startswith("wandb_")]  # those are downloads
-    if not runs:
-        raise UserError(f"--load-run {args.load_run}: no run in {experiment_dir(args)} yet; --checkpoint also takes a path")
     try:
-        runs = [run for run in runs if re.fullmatch(args.load_run, run.name)]
-        files = [[file for file in run.glob("model_*.pt") if re.fullmatch(wanted, file.name)] for run in runs]
+        files = [file for file in experiment_dir(args).glob("*/model_*.pt") if re.fullmatch(args.load_run, file.parent.name)]
+        files = [file for file in files if re.fullmatch(wanted, file.name)]
     except re.error as error:
         raise UserError(f"{searched}: is no regular expression ({error})") from error
-    if not any(files):
-        raise UserError(f"{searched}: nothing in {experiment_dir(args)} matches; --checkpoint also takes a path")
-    return max([found for found in files if found][-1], key=iteration_of)
+    if not files:
+        raise UserError(f"{searched}: there is no such file, and no run in {experiment_dir(args)} yet that has one")
+    return max(files, key=lambda file: (file.parent.name, iteration_of(file)))
 
 
 def iteration_of(file) -> int:
@@ -1170,9 +1136,10 @@ def download_checkpoint(args: Args) -> pathlib.Path:
         run = wandb.Api().run(args.wandb_run_path)
     except Exception as error:
         raise UserError(f"--wandb-run-path {args.wandb_run_path}: cannot be opened as entity/project/run ({error})") from error
-    folder = experiment_dir(args) / f"wandb_{run.id}"
-    for artifact in reversed([a for a in run.logged_artifacts() if a.type == "model"]):
-        return max(pathlib.Path(artifact.download(root=str(folder))).glob("model_*.pt"), key=iteration_of)
+    folder = experiment_dir(args) / "wandb" / run.id  # one level deeper than our own runs
+    models = [artifact for artifact in run.logged_artifacts() if artifact.type == "model"]
+    if models:
+        return max(pathlib.Path(models[-1].download(root=str(folder))).glob("model_*.pt"), key=iteration_of)
     files = [file for file in run.files() if re.fullmatch(r"model_\d+\.pt", file.name)]
     if not files:
         raise UserError(f"--wandb-run-path {args.wandb_run_path}: this run has no checkpoint")
@@ -1250,17 +1217,15 @@ def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", ar
         raise UserError(f"--checkpoint {path}: its actor has no RNN (ppo_continuous.py plays it)")
     gates, hidden_dim = state["rnn.rnn.weight_hh_l0"].shape  # an LSTM has 4 gates, a GRU 3
     layers = [value for key, value in state.items() if re.fullmatch(r"mlp\.\d+\.weight", key)]
-    saved = {name: value for name, value in resume.get("args", {}).items() if name in Args.__dataclass_fields__}
-    args = dataclasses.replace(
-        Args(**saved) if resume else args or Args(),
-        actor_hidden_dims=tuple(layer.shape[0] for layer in layers[:-1]),
-        obs_normalization="obs_normalizer._mean" in state,
-        rnn_type="lstm" if gates == 4 * hidden_dim else "gru",
-        rnn_hidden_dim=hidden_dim,
-        rnn_num_layers=sum(key.startswith("rnn.rnn.weight_hh_l") for key in state),
-    )
+    settings = {name: value for name, value in resume.get("args", {}).items() if name in Args.__dataclass_fields__}
+    settings["actor_hidden_dims"] = tuple(layer.shape[0] for layer in layers[:-1])
+    settings["obs_normalization"] = "obs_normalizer._mean" in state
+    settings["rnn_type"] = "lstm" if gates == 4 * hidden_dim else "gru"
+    settings["rnn_hidden_dim"] = hidden_dim
+    settings["rnn_num_layers"] = sum(key.startswith("rnn.rnn.weight_hh_l") for key in state)
     if "distribution.log_std_param" in state:
-        args.std_type = "log"
+        settings["std_type"] = "log"
+    args = dataclasses.replace(args or Args(), **settings)
     shapes = resume.get("actor_shapes", {"obs": (state["rnn.rnn.weight_ih_l0"].shape[1],)})
     actor = make_actor(shapes, layers[-1].shape[0] // (1 if args.distribution == "gaussian" else 2), args)
     restore({"actor": actor.to(device)}, checkpoint, pathlib.Path(path))
@@ -1318,11 +1283,11 @@ def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
     """
     args = adopt(env, args) if env else args
     check_args(args)
-    device = resolve_device(args)
-    set_up_torch(args, device)
+    device = set_up_torch(args)
     path = find_checkpoint(args) if args.agent == "policy" else experiment_dir(args) / f"{args.agent}.pt"
-    options = {"play": True} if args.terminations else {"play": True, "terminations": False}
-    env = env or make_env(dataclasses.replace(args, num_envs=args.play_envs), device, **options)
+    settings = dataclasses.replace(args, num_envs=args.play_envs)
+    own = None if env else make_env(settings, device, play=True, terminations=args.terminations)
+    env = env or own
     if args.agent == "policy":
         policy = load_policy(path, device, args)
         try:
@@ -1339,7 +1304,7 @@ def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
         return env.view(policy)
     print(f"playing {path.stem} on {args.env}")
     results = roll_out(env, policy, device, args, film=path.parent / f"play_{path.stem}")
-    close(env, None, args)
+    close(own, None, args)
     for index in range(env.num_envs):
         print(f"episode {index + 1:2d}" + "".join(f"  {name.split('/')[-1]} {x[index]:.3f}" for name, x in results.items()))
     means = {name: sum(x) / len(x) for name, x in results.items()}
@@ -1353,7 +1318,7 @@ def roll_out(env: VecEnv, policy, device: torch.device, args: Args, film: pathli
     obs, frames, tracked, totals = env.get_observations().to(device), [], [], {}
     running = torch.ones(env.num_envs, dtype=torch.bool, device=device)
     frame_interval = max(1, round(0.06 / getattr(env, "step_dt", 0.06)))  # about 16 pictures per second
-    for step in range(int(torch.as_tensor(env.max_episode_length).max())):
+    for step in range(int(env.max_episode_length)):
         if hasattr(env, "render") and step % frame_interval == 0 and len(frames) < 160 and running[0]:
             frames.append(Image.fromarray(env.render()).quantize(64, method=Image.Quantize.FASTOCTREE))
         actions = policy(obs) if args.clip_actions is None else policy(obs).clamp(-args.clip_actions, args.clip_actions)
@@ -1388,7 +1353,7 @@ def film_policy(actor: Model, device: torch.device, args: Args, path: pathlib.Pa
     """One episode of the current policy as `<path>.gif`, in an environment of its own."""
     env = make_env(dataclasses.replace(args, num_envs=1), device, play=True)
     roll_out(env, LoadedPolicy(copy.deepcopy(actor).eval(), tuple(actor.shapes)), device, args, path)
-    getattr(env, "close", lambda: None)()
+    close(env, None, args)
 
 
 def plot_tracking(tracked: list[dict[str, list[float]]], step_dt: float, path: str) -> None:
@@ -1412,15 +1377,13 @@ def plot_tracking(tracked: list[dict[str, list[float]]], step_dt: float, path: s
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-def resolve_device(args: Args) -> torch.device:
+def set_up_torch(args: Args) -> torch.device:
+    """The device that --device names, and seed, precision and threads."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
-
-
-def set_up_torch(args: Args, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, events and random states are those of the current device
     torch.manual_seed(args.seed)
@@ -1429,12 +1392,14 @@ def set_up_torch(args: Args, device: torch.device) -> None:
         torch.set_num_threads(args.num_threads)
     elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and max(args.actor_hidden_dims) < 256:
         torch.set_num_threads(1)  # threads that wait for each other after every small operation cost more than they bring
+    return device
 
 
 def make_env(args: Args, device: torch.device, **options) -> VecEnv:
     """The environment that --env names: a user's own `package.module:factory`, else one of this project's."""
     settings = dict(num_envs=args.num_envs, device=str(device), seed=args.seed) | options
     prefix, _, name = args.env.partition(":")
+    # The list is envs.SIMULATORS', since a copied script has no envs.
     if name and prefix not in ("mjlab", "gym", "envpool", "playground", "genesis", "isaaclab"):
         factory = resolve(args.env, "--env")
         return factory(**{k: v for k, v in settings.items() if k in inspect.signature(factory).parameters})
@@ -1459,24 +1424,20 @@ def adopt(env: VecEnv, args: Args) -> Args:
 def stop_signals():
     """Collect Ctrl-C, and the SIGTERM that announces a cluster's pre-emption: training ends after the running iteration."""
     received = []
-    try:
-        handlers = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread, so the caller handles signals
-        handlers = {}
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not in the main thread, so the caller handles signals
+                previous = signal.signal(number, lambda number, _: received.append(number))
+                stack.callback(signal.signal, number, previous)
         yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def tensors_of(agent: dict) -> list[torch.Tensor]:
     """Every tensor that an update changes: weights, statistics, optimizer state, learning rate."""
-    modules = [part for part in agent.values() if isinstance(part, nn.Module)]
-    tensors = [x.detach() for module in modules for x in (*module.parameters(), *module.buffers())]
-    for optimizer in (part for part in agent.values() if isinstance(part, FlatOptimizer)):
-        tensors += [optimizer.lr, *optimizer.state.values()]
-    return tensors
+    tensors = []
+    for part in agent.values():
+        tensors += [*part.parameters(), *part.buffers()] if isinstance(part, nn.Module) else [part.lr, *part.state.values()]
+    return [tensor.detach() for tensor in tensors]
 
 
 def check_agent(agent: dict) -> None:
@@ -1509,18 +1470,22 @@ def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: 
     torch.set_rng_state(resume["rng"].cpu())
     if resume["cuda_rng"] is not None and storage.device.type == "cuda":
         torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
-    if resume["env"] is None or resume["args"]["num_envs"] != env.num_envs:
-        return print("the environment starts afresh: it cannot restore its state, or has another number of environments")
-    if env.load_state_dict(resume["env"]) is False:
-        return print("the environment starts afresh: it has restored no more than its counters")
+    fits = resume["env"] is not None and resume["args"]["num_envs"] == env.num_envs
+    if not fits or env.load_state_dict(resume["env"]) is False:
+        return print("the environment starts afresh: it cannot restore its whole state, or has another number of environments")
     storage["obs"][-1].update_(env.get_observations().to(storage.device).select(*storage["obs"].keys()))
     storage["state"][-1].update_(TensorDict(resume["state"]))
     episodes.update_(TensorDict(resume["episodes"]))
 
 
-def resume_run(path: pathlib.Path, agent: dict, env: VecEnv, storage: TensorDict, episodes: TensorDict, args: Args) -> int:
-    """Continue where a checkpoint ends; returns how many iterations it has finished."""
+def start_from(path: pathlib.Path, agent: dict, env: VecEnv, storage: TensorDict, episodes: TensorDict, args: Args) -> int:
+    """Go on from a checkpoint; returns how many iterations are finished: with --resume its own, in a new run none."""
     checkpoint = load_checkpoint(path, storage.device)
+    if not args.resume:
+        name = "student" if "student_state_dict" in checkpoint else "actor"  # PPO fine-tunes what distillation has taught
+        restore({name: agent["actor"]}, checkpoint, path)
+        print(f"starting from the policy of {path}")
+        return 0
     restore(agent, checkpoint, path)
     load_resume_state(checkpoint.get("resume", {}), env, storage, episodes)
     start = checkpoint["iter"] + 1
@@ -1530,30 +1495,22 @@ def resume_run(path: pathlib.Path, agent: dict, env: VecEnv, storage: TensorDict
     return start
 
 
-def start_from_policy(actor: Model, path: pathlib.Path, device: torch.device) -> None:
-    """Give a new run's actor the weights of a checkpoint's policy, or of its student: PPO then fine-tunes it."""
-    checkpoint = load_checkpoint(path, device)
-    states = [checkpoint[name] for name in ("student_state_dict", "actor_state_dict") if name in checkpoint]
-    restore({"actor": actor}, {"actor_state_dict": states[0]} if states else checkpoint, path)
-    print(f"starting from the policy of {path}")
-
-
 def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     """Train from scratch, or from where a checkpoint ends.
 
     Args:
         args: all settings.
-        env: an environment with the protocol's attributes; left out, `args.env` is built.
+        env: an environment with the protocol's attributes, which stays open; left out, `args.env` is built.
 
     Returns:
         One dict of metrics per iteration, keyed by log tags (`Loss/surrogate`, `Train/mean_reward`, ...).
     """
     args = adopt(env, args) if env else args
     check_args(args)
-    device = resolve_device(args)
-    set_up_torch(args, device)
-    path = find_checkpoint(args) if args.resume else None
-    env = env or make_env(args, device)
+    device = set_up_torch(args)
+    path = find_checkpoint(args) if args.resume or args.checkpoint or args.wandb_run_path else None
+    own = None if env else make_env(args, device)
+    env = env or own
     if env.num_envs != args.num_envs:
         raise UserError(f"--num-envs {args.num_envs}: {args.env} has made {env.num_envs}")
     obs = env.get_observations().to(device)
@@ -1564,9 +1521,7 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
         env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=int(env.max_episode_length))
     storage = make_storage(obs.select(*actor.shapes, *critic.shapes), env.num_actions, actor, args)  # what is read
     episodes = make_episodes(args, device)
-    start = resume_run(path, agent, env, storage, episodes, args) if path else 0
-    if not args.resume and (args.checkpoint or args.wandb_run_path):
-        start_from_policy(actor, find_checkpoint(args), device)
+    start = start_from(path, agent, env, storage, episodes, args) if path else 0
     run_dir = make_run_dir(args, env)
     writer = make_writer(args, env, run_dir)
 
@@ -1583,7 +1538,7 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
             times.append(timestamp(device))
             metrics = metrics | run_update() | {"finite/weights": all_finite(tensors_of(agent))}
             times.append(timestamp(device))
-            stopping = bool(stop)
+            last = bool(stop) or iteration == args.max_iterations - 1
             metrics = fetch(metrics)
             if not all(value for name, value in metrics.items() if name.startswith("finite/")):
                 torch._foreach_copy_(tensors_of(agent), backup)
@@ -1593,7 +1548,6 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
                 raise FloatingPointError(describe_nan(metrics, iteration, storage, run_dir))
             history.append(summarize(metrics, times, args))
             log_iteration(history[-1], iteration, args, writer)
-            last = stopping or iteration == args.max_iterations - 1
             if run_dir and (last or iteration % args.save_interval == 0):
                 state = resume_state(args, env, agent, storage, episodes)
                 save_checkpoint(run_dir / f"model_{iteration}.pt", agent, iteration, state)
@@ -1608,11 +1562,11 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
             export_policy(Policy(actor), run_dir / "exported")
         except Exception as error:  # TorchScript, for one, fails where this file was edited meanwhile; nothing is lost
             print(f"not exported ({error}); --export --checkpoint {run_dir / f'model_{iteration}.pt'} does it")
-    close(env, writer, args)
+    close(own, writer, args)
     return history
 
 
-def close(env: VecEnv, writer, args: Args) -> None:
+def close(env: VecEnv | None, writer, args: Args) -> None:
     for end in (getattr(env, "close", None), getattr(writer, "stop", None) or getattr(writer, "close", None)):
         if end:
             end()

@@ -108,6 +108,26 @@ def test_a_nan_leaves_the_weights(monkeypatch):
     assert all(torch.equal(p, before) for p, before in zip(agent["actor"].parameters(), weights, strict=True))
 
 
+def test_what_waits_is_not_captured(capsys):
+    import ppo_continuous as module
+
+    x, y = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda")
+
+    def waits():
+        return y.add_(x.item()).clone()
+
+    def never():
+        return y.add_(x).clone()
+
+    for function in (waits, never):
+        graph = module.CudaGraph(function, enabled=True)
+        for _ in range(4):
+            graph()
+        assert (graph.graph is None) == (function is waits)
+    line = f"waits runs without a CUDA graph, since {__file__}:{waits.__code__.co_firstlineno + 1} waits for the device\n"
+    assert y.item() == 8.0 and capsys.readouterr().out == line
+
+
 def test_memory_against_the_reference():
     pytest.importorskip("rsl_rl")
     import reference

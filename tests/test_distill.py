@@ -456,15 +456,16 @@ def test_student_is_an_actor_of_ppo(script, settings, no_export, monkeypatch):
         **(TEACHER | settings | dict(actor_obs=("policy",), actor_hidden_dims=(16,), max_iterations=3, log_root="")),
         checkpoint=str(checkpoint),
     )
-    obs, seen, start_from_policy = make_env(args).get_observations(), [], script.start_from_policy
+    obs, seen, start_from = make_env(args).get_observations(), [], script.start_from
 
-    def watched(actor, *rest):
-        start_from_policy(actor, *rest)
-        policy = script.LoadedPolicy(copy.deepcopy(actor), ("policy",))
+    def watched(path, agent, *rest):
+        start = start_from(path, agent, *rest)
+        policy = script.LoadedPolicy(copy.deepcopy(agent["actor"]), ("policy",))
         torch.testing.assert_close(policy(obs), module.load_policy(checkpoint)(obs), rtol=0, atol=1e-6)
-        seen.append(actor)
+        seen.append(agent["actor"])
+        return start
 
-    monkeypatch.setattr(script, "start_from_policy", watched)
+    monkeypatch.setattr(script, "start_from", watched)
     history = script.train(tuning, make_env(args))
     assert len(history) == 3 and len(seen) == 1 and not torch.equal(seen[0].mlp[0].weight, student["mlp.0.weight"])
 
@@ -485,7 +486,7 @@ def test_nan_stops_the_run(no_export):
     env.step = poisoned
     with pytest.raises(FloatingPointError) as error:
         module.train(args, env)
-    assert "iteration 1: observation group 'privileged' is not finite from step 5 on, in environments [3]" in str(error.value)
+    assert "iteration 1: non-finite observation group privileged from step 5 on, in environments [3]" in str(error.value)
     files = {file.name for file in pathlib.Path("runs").glob("*/*/*.pt")}
     assert files == {"model_0.pt", "nan_1.pt"}
 

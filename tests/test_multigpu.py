@@ -180,8 +180,8 @@ FAULTS = {
     "kill of the rank that keeps the store": ("kill 0 50", "rank 0 does not answer"),
     "raise": ("raise 1 50", "rank 1 stopped: RuntimeError: the simulator has crashed"),
     "hang": ("hang 2 50", "rank 2 does not answer"),
-    "obs": ("obs 1 50", "rank 1: observation group 'policy' is not finite from step 2 on, in environments [3]"),
-    "reward": ("reward 1 50", "rank 1: reward is not finite from step 1 on, in environments [3]"),
+    "obs": ("obs 1 50", "rank 1: non-finite observation group policy from step 2 on, in environments [3]"),
+    "reward": ("reward 1 50", "rank 1: non-finite rewards from step 1 on, in environments [3]"),
 }
 
 

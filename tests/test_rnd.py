@@ -241,7 +241,9 @@ def test_nothing_of_a_bad_rollout_is_kept(where, monkeypatch):
 
     env.step, agent, tensors_of = bad_step, {}, module.tensors_of
     monkeypatch.setattr(module, "tensors_of", lambda parts: agent.update(parts) or tensors_of(parts))
-    message = {"reward": "reward", "final_obs": "intrinsic reward"}[where] + " is not finite from step 4 on, in environments [3"
+    message = (
+        "non-finite " + {"reward": "rewards", "final_obs": "intrinsic_rewards"}[where] + " from step 4 on, in environments [3"
+    )
     with pytest.raises(FloatingPointError, match=re.escape(message)):
         module.train(args_of(max_iterations=3), env)
     for ours, theirs in zip(everything(agent), everything(good), strict=True):

@@ -174,7 +174,7 @@ def test_a_signal_finishes_the_iteration_saves_and_exits_0(number):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("kind, named", [("obs", "observation group 'policy'"), ("reward", "reward")])
+@pytest.mark.parametrize("kind, named", [("obs", "observation group policy"), ("reward", "rewards")])
 def test_nan_stops_the_run(kind, named, value):
     """Not finite at step 60 (iteration 2, step 11) in environment 3: named, dumped, and the weights are those before."""
     trained = {}
@@ -194,7 +194,7 @@ def test_nan_stops_the_run(kind, named, value):
     finally:
         module.tensors_of = tensors_of
     step = 12 if kind == "obs" else 11  # the observation that follows action 11 is row 12
-    assert f"iteration 2: {named} is not finite from step {step} on, in environments [3]" in str(error.value)
+    assert f"iteration 2: non-finite {named} from step {step} on, in environments [3]" in str(error.value)
     assert all(torch.equal(x, y) for x, y in zip(expected, tensors_of(trained), strict=True))
     assert {file.name for file in only_run().glob("*.pt")} == {"model_0.pt", "model_1.pt", "nan_2.pt"}
     saved = module.load_checkpoint(only_run() / "model_1.pt", torch.device("cpu"))  # of the last good iteration
@@ -345,11 +345,22 @@ def test_an_environment_that_cannot_draw_is_trained_and_played():
     assert torch.equal(policy(obs), policy({group: x.double() for group, x in obs.items()}))
 
 
+def test_an_environment_is_closed_by_who_made_it(monkeypatch):
+    closed, env = [], toy.Toy(8)
+    monkeypatch.setattr(toy.Toy, "close", lambda env: closed.append(env), raising=False)
+    module.train(args_of(max_iterations=1), env)
+    module.play(args_of(play=True), env)
+    assert not closed
+    module.train(args_of(env="toy:make", max_iterations=1))
+    module.play(args_of(env="toy:make", checkpoint=str(next(pathlib.Path("logs").rglob("model_0.pt"))), play=True))
+    assert len(closed) == 2
+
+
 def test_a_download_is_not_the_newest_run():
     module.train(args_of(max_iterations=1), make("cartpole", 16))
     own = only_run()
-    (own.parent / "wandb_abc").mkdir()
-    (own.parent / "wandb_abc" / "model_900.pt").touch()
+    (own.parent / "wandb" / "abc").mkdir(parents=True)
+    (own.parent / "wandb" / "abc" / "model_900.pt").touch()
     assert module.find_checkpoint(args_of()) == own / "model_0.pt"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import types
+import warnings
 
 import cases
 import instruments
@@ -163,3 +164,29 @@ def test_captured_run_equals_eager_run(env_id, capturable, monkeypatch):
         assert str(ours) == str(theirs)  # as text, so that NaN equals NaN
     for ours, theirs in zip(replayed_agent["actor"].state_dict().values(), agent["actor"].state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_waits_is_not_captured(waits, monkeypatch, capsys):
+    """The second call is watched: a function that waits is named with its line, and goes on without a graph. torch's debug
+    mode knows CUDA only, so here the function itself warns; tests/test_cuda.py has the real one."""
+    import ppo_continuous as module
+
+    def record(graph):
+        graph.graph, graph.result = types.SimpleNamespace(replay=lambda: None), "replayed"
+
+    def rollout():
+        if waits and modes[-1] == "warn":
+            warnings.warn(
+                "called a synchronizing CUDA operation (Triggered internally at CUDAFunctions.cpp:147.)", stacklevel=1
+            )
+        return "called"
+
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(module.CudaGraph, "record", record)
+    graph = module.CudaGraph(rollout, enabled=True)
+    assert [graph() for _ in range(4)] == ["called", "called"] + ["called" if waits else "replayed"] * 2
+    assert modes == ["default", "warn", "default"]
+    line = f"rollout runs without a CUDA graph, since {__file__}:{rollout.__code__.co_firstlineno + 2} waits for the device\n"
+    assert capsys.readouterr().out == (line if waits else "")
