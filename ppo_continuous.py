@@ -225,7 +225,7 @@ class EmpiricalNormalization(nn.Module):
         self.register_buffer("count", torch.tensor(0, dtype=torch.long))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x - self._mean) / (self._std + 1e-2)
+        return (x - self._mean) / (self._std + 1e-2)  # rsl_rl's epsilon: what hardly ever moves is not blown up
 
     def update(self, x: torch.Tensor) -> None:
         """Merge the moments of a batch x (B, O): Chan et al. 1983, parallel variance, in rsl_rl's order."""
@@ -307,7 +307,7 @@ class HeteroscedasticGaussian(Gaussian):
 class Beta(nn.Module):
     """Beta distribution rescaled to action_range; params = (concentration,), (..., A, 2), both > 1, so it has one mode.
 
-    A Beta is the Dirichlet distribution of two components; kept as one tensor it is stacked once.
+    A Beta is the Dirichlet distribution of two components; kept as one tensor, its gradients add up in rsl_rl's order.
     """
 
     def __init__(self, num_actions: int, args: Args):
@@ -624,7 +624,7 @@ class FlatOptimizer:
         for p, weights, gradient in zip(self.trained, self.split(self.weights), self.split(self.gradient)):
             weights.copy_(p.data)
             p.data, p.grad = weights, gradient
-        # float64 rounds as rsl_rl's Python float does. (1,), not (): on a CPU torch.compile loses what is written into that.
+        # float64 rounds as rsl_rl's Python float does; (1,), since on a CPU torch.compile loses what is written into a ().
         self.lr = torch.tensor([lr], dtype=torch.float64, device=self.weights.device)
         step, moment = torch.zeros((), device=self.weights.device), torch.zeros_like(self.weights)
         self.state = {} if kind == "sgd" else {"step": step, "exp_avg": moment, "exp_avg_sq": moment.clone()}
