@@ -345,6 +345,18 @@ def test_an_environment_that_cannot_draw_is_trained_and_played():
     assert torch.equal(policy(obs), policy({group: x.double() for group, x in obs.items()}))
 
 
+@pytest.mark.parametrize("name", ["obs policy", "rewards", "bootstrap"])
+def test_each_of_them_must_be_finite(name):
+    """By itself: a sample that no mini-batch takes spoils no loss."""
+    env, args = toy.Toy(8), args_of(num_envs=8)
+    actor, _ = module.make_models(env.get_observations(), 1, args)
+    storage = module.make_storage(env.get_observations(), 1, actor, args)
+    metrics = {"Loss/surrogate": torch.zeros(4), "Loss/value": torch.zeros(4)}
+    assert all(module.finite_flags(storage, metrics).values())
+    storage[tuple(name.split())][2, 3] = math.nan
+    assert [flag for flag, good in module.finite_flags(storage, metrics).items() if not good] == [f"finite/{name}"]
+
+
 def test_an_environment_is_closed_by_who_made_it(monkeypatch):
     closed, env = [], toy.Toy(8)
     monkeypatch.setattr(toy.Toy, "close", lambda env: closed.append(env), raising=False)
