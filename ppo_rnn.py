@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
 import importlib
@@ -736,8 +737,6 @@ class FlatOptimizer:
         """Write the gradient of the loss into `gradient`."""
         gradients = torch.autograd.grad(loss, self.trained, materialize_grads=True)
         torch._foreach_copy_([p.grad for p in self.trained], gradients)
-        if not torch.compiler.is_compiling():
-            self.kept = gradients  # until the next: blocks freed at once make a CPU's heap shrink, and fault its pages anew
 
     @torch.no_grad()
     def step(self, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2) -> None:
@@ -1378,7 +1377,7 @@ def plot_tracking(tracked: list[dict[str, list[float]]], step_dt: float, path: s
 
 
 def set_up_torch(args: Args) -> torch.device:
-    """The device that --device names, and seed, precision and threads."""
+    """The device that --device names, and seed, precision, threads and memory."""
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=name).device
@@ -1392,6 +1391,11 @@ def set_up_torch(args: Args) -> torch.device:
         torch.set_num_threads(args.num_threads)
     elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and max(args.actor_hidden_dims) < 256:
         torch.set_num_threads(1)  # threads that wait for each other after every small operation cost more than they bring
+    if device.type == "cpu" and sys.platform == "linux":
+        # The next mini-batch uses what one has freed; glibc would return it to the kernel, which clears every page anew.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest there is: blocks below it come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at the heap's end stays
     return device
 
 

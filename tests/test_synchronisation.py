@@ -1,6 +1,8 @@
 """A steady-state iteration never waits: no host read in rollout, GAE and update, one at its end; and it can be captured."""
 
 import contextlib
+import subprocess
+import sys
 import types
 import warnings
 
@@ -95,8 +97,6 @@ def test_kernels_against_the_reference():
     """At most two thirds of what rsl_rl launches on a CPU, where its Adam loops over the parameters; a third of what it
     launches with the foreach Adam that it has on a GPU, if the gradient step is compiled."""
     pytest.importorskip("rsl_rl")
-    import sys
-
     sys.path.append(str(instruments.TESTS / "benchmarks"))
     import speed
 
@@ -106,6 +106,32 @@ def test_kernels_against_the_reference():
     assert figures["ours, compiled"]["kernels"] <= 1 / 3 * figures["rsl_rl, foreach Adam"]["kernels"], figures
     assert ours["waits"] == 0 < reference["waits"], figures
     assert ours["megabytes"] <= 1.3 * figures["rsl_rl, foreach Adam"]["megabytes"], figures
+
+
+FAULTS = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import ppo_continuous as script
+
+faults, summarize = [], script.summarize
+
+def count(*arguments):
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    return summarize(*arguments)
+
+script.summarize = count
+settings = dict(actor_hidden_dims=(256, 128), critic_hidden_dims=(256, 128), num_envs=512, max_iterations=8, num_threads=1)
+script.train(script.Args(env="cartpole", log_root="", device="cpu", **settings))
+print(faults[-1] - faults[-5])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of Linux")
+def test_freed_memory_is_used_again():
+    """Four iterations of a usual run fault hardly a page; by glibc's own thresholds they fault tens of thousands."""
+    command = [sys.executable, "-c", FAULTS, str(instruments.TESTS.parent)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(run.stdout.split()[-1]) < 2000, run.stdout
 
 
 def test_the_instruments_see_a_wait():

@@ -21,12 +21,14 @@ import functools
 import importlib
 import io
 import json
+import multiprocessing
 import pathlib
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import Literal
 
 import torch
@@ -345,22 +347,36 @@ def time_file(source: str, args, env) -> dict[str, list[float]]:
     return {part: [b - a for a, b in marks] for part, marks in pairs.items()}
 
 
-def compare(settings: Settings) -> dict:
+def time_round(name: str, args, settings: Settings) -> dict[str, float]:
+    """Seconds that an iteration of a new training takes, and its parts: medians."""
     from envs import make
 
+    functions = {
+        "ours": time_ours,
+        "rsl_rl": functools.partial(time_reference, compiled=settings.compile_peer),
+        "skrl": time_skrl,
+    }
+    function = functions.get(name, functools.partial(time_file, settings.source))
+    torch.set_num_threads(settings.threads)
+    times = function(args, make(args.env, args.num_envs, device=args.device, seed=1))
+    times["iteration"] = [a + b for a, b in zip(times["collection"], times["learning"])]
+    return {part: statistics.median(values[3:]) for part, values in times.items()}
+
+
+def compare(settings: Settings) -> dict:
     if settings.peer in ("cleanrl", "leanrl") and (not settings.source or settings.script != "ppo_continuous"):
         raise SystemExit(f"--peer {settings.peer} compares ppo_continuous with the file that --source names")
     args = make_args(settings)
     print(f"{settings.script} on {args.env}, {args.num_envs} environments, {settings.threads} threads, {settings.device}")
-    peers = {"rsl_rl": functools.partial(time_reference, compiled=settings.compile_peer), "skrl": time_skrl}
-    peer = peers.get(settings.peer, functools.partial(time_file, settings.source))
-    rounds = {settings.peer: [], "ours": []}
+    # Each in a process of its own, as it would run: what one asks of the memory allocator does nothing for the other.
+    fresh = multiprocessing.get_context("spawn")
+    workers = {name: ProcessPoolExecutor(1, mp_context=fresh) for name in (settings.peer, "ours")}
+    rounds = {name: [] for name in workers}
     for _ in range(settings.rounds):
-        for name, function in ((settings.peer, peer), ("ours", time_ours)):
-            torch.set_num_threads(settings.threads)
-            times = function(args, make(args.env, args.num_envs, device=args.device, seed=1))
-            times["iteration"] = [a + b for a, b in zip(times["collection"], times["learning"])]
-            rounds[name].append({part: statistics.median(values[3:]) for part, values in times.items()})
+        for name, worker in workers.items():
+            rounds[name].append(worker.submit(time_round, name, args, settings).result())
+    for worker in workers.values():
+        worker.shutdown()
     figures = {}
     for part in ("collection", "learning", "iteration"):
         theirs, ours = ([entry[part] for entry in rounds[name]] for name in rounds)
