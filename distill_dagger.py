@@ -1241,7 +1241,7 @@ def find_checkpoint(args: Args) -> pathlib.Path:
     except re.error as error:
         raise UserError(f"{searched}: is no regular expression ({error})") from error
     if not files:
-        raise UserError(f"{searched}: there is no such file, and no run in {experiment_dir(args)} yet that has one")
+        raise UserError(f"{searched}: no such file, and no run in {experiment_dir(args)} has one; train first, or give a path")
     return max(files, key=lambda file: (file.parent.name, iteration_of(file)))
 
 

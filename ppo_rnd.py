@@ -564,7 +564,6 @@ def make_storage(obs: TensorDict, num_actions: int, actor: Model, args: Args) ->
     return TensorDict(
         obs=TensorDict(groups, batch_size=[n]).expand(rows, n).contiguous(),  # row T starts the first rollout
         actions=zeros(num_actions),
-        log_prob=zeros(),
         params={str(i): torch.zeros_like(x) for i, x in enumerate(params)},  # of the distribution that acted
         values=zeros(),
         rewards=zeros(),
@@ -578,11 +577,9 @@ def make_storage(obs: TensorDict, num_actions: int, actor: Model, args: Args) ->
 
 @torch.no_grad()
 def act(actor: Model, critic: Model, row: TensorDict) -> None:
-    """Sample an action for the observation in this row (N, ...) of the storage, and write down all that PPO needs."""
+    """Sample an action for the observation in this row (N, ...) of the storage, and write down what PPO needs."""
     params = actor.distribution.params(actor(actor.preprocess(row["obs"])))
-    actions = actor.distribution.sample(params)
-    row["actions"].copy_(actions)
-    row["log_prob"].copy_(actor.distribution.log_prob(params, actions))
+    row["actions"].copy_(actor.distribution.sample(params))
     for stored, param in zip(row["params"].values(), params):
         stored.copy_(param)
     row["values"].copy_(evaluate(critic, row["obs"]))
@@ -813,7 +810,8 @@ class FlatOptimizer:
 
 def make_batches(actor: Model, critic: Model, storage: TensorDict, permutation: torch.Tensor, args: Args) -> list[TensorDict]:
     """GAE, then the rollout flattened, shuffled and normalised once: every epoch reads the same mini-batches (B, ...)."""
-    rollout = storage.select("obs", "actions", "log_prob", "params", "values")[:-1]
+    rollout = storage.select("obs", "actions", "params", "values")[:-1]
+    rollout["log_prob"] = actor.distribution.log_prob(tuple(rollout["params"].values()), rollout["actions"])
     rollout["advantages"], rollout["returns"] = compute_gae(storage, args)
     batch = rollout.flatten(0, 1)[permutation]
     batch["actor_input"], batch["critic_input"] = actor.preprocess(batch["obs"]), critic.preprocess(batch["obs"])
@@ -1169,7 +1167,7 @@ def find_checkpoint(args: Args) -> pathlib.Path:
     except re.error as error:
         raise UserError(f"{searched}: is no regular expression ({error})") from error
     if not files:
-        raise UserError(f"{searched}: there is no such file, and no run in {experiment_dir(args)} yet that has one")
+        raise UserError(f"{searched}: no such file, and no run in {experiment_dir(args)} has one; train first, or give a path")
     return max(files, key=lambda file: (file.parent.name, iteration_of(file)))
 
 

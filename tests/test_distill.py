@@ -511,7 +511,7 @@ def test_nan_stops_the_run(no_export):
         (dict(rnn_type="mamba"), "--rnn-type mamba: choose from none, lstm, gru"),
         (dict(max_grad_norm=0.0), "--max-grad-norm 0.0"),
         (dict(student_obs=("camera",)), "--student-obs camera: the environment has no such group"),
-        (dict(resume=True, teacher=()), "no run in logs/distill_dagger_navigation-cue yet"),
+        (dict(resume=True, teacher=()), "no run in logs/distill_dagger_navigation-cue has one"),
     ],
     ids=lambda x: x.split(":")[0] if isinstance(x, str) else "",
 )

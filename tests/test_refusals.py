@@ -42,8 +42,8 @@ REFUSED = [
     (dict(env="no_such_package.module:make"), "--env no_such_package.module:make: cannot be imported"),
     (dict(env="toy:nothing"), "--env toy:nothing: cannot be imported"),
     (dict(logger="tensorbord", log_root="logs"), "--logger tensorbord: cannot be imported"),
-    (dict(resume=True), "no run in logs/ppo_continuous_cartpole yet"),
-    (dict(resume=True, checkpoint="nowhere/model_1.pt"), "--checkpoint nowhere/model_1.pt: there is no such file"),
+    (dict(resume=True), "no run in logs/ppo_continuous_cartpole has one"),
+    (dict(resume=True, checkpoint="nowhere/model_1.pt"), "--checkpoint nowhere/model_1.pt: no such file"),
 ]
 
 

@@ -114,7 +114,7 @@ def test_one_update_from_the_reference_state(rnn_type):
     join = lambda hidden: actor.rnn.join(torch.stack(hidden))  # noqa: E731
     for name, state in (("actor", theirs.saved_hidden_state_a), ("critic", theirs.saved_hidden_state_c)):
         storage["first_state"][0][name].copy_(join([x[0] for x in state]))
-    copied = dict(values=theirs.values, rewards=theirs.rewards, dones=theirs.dones, log_prob=theirs.actions_log_prob)
+    copied = dict(values=theirs.values, rewards=theirs.rewards, dones=theirs.dones)
     for name, value in copied.items():  # (T, N, 1); the rewards hold the time-outs' bootstrap already
         storage[name][:-1].copy_(value.squeeze(-1))
     storage["actions"][:-1].copy_(theirs.actions)

@@ -268,7 +268,8 @@ def test_batches_hold_originals_first_then_their_images():
         assert len(batch) == 4 * 192
         assert torch.equal(batch["actor_input"], obs["policy"]) and torch.equal(batch["actions"], actions)
         assert torch.equal(batch["critic_input"], torch.cat((obs["policy"], obs["privileged"]), 1))
-        assert torch.equal(batch["log_prob"].view(4, 192), originals["log_prob"].expand(4, 192))
+        log_prob = actor.distribution.log_prob(tuple(originals["params"].values()), originals["actions"])
+        assert torch.equal(batch["log_prob"].view(4, 192), log_prob.expand(4, 192))  # the original's, not that of the image
 
 
 def test_augmentation_makes_the_policy_symmetric():
