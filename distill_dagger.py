@@ -115,7 +115,7 @@ class Args:
     init_at_random_ep_len: bool = True
     """Start at random episode lengths, so that the environments do not all time out together."""
     clip_actions: float | None = None
-    """Clamp the actions sent to the environment to +-this; no part of the policy, so to be repeated in --play."""
+    """Clamp the actions sent to the environment to +-this; not stored with the policy: give it again in --play."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is a GPU."""
     num_threads: int = 0
@@ -292,7 +292,7 @@ class EmpiricalNormalization(nn.Module):
 
     def update(self, x: torch.Tensor) -> None:
         """Merge the moments of a batch x (B, O): Chan et al. 1983, parallel variance, in rsl_rl's order."""
-        count = torch.full_like(self.count, x.shape[0])
+        count = torch.full_like(self.count, x.shape[0])  # a tensor: a Python number would round otherwise
         var, mean = torch.var(x, dim=0, unbiased=False, keepdim=True), x.mean(dim=0, keepdim=True)  # (1, O)
         if dist.is_initialized():
             # Every rank has as many samples, so means of means are exact: first the global mean, then variances around it.
@@ -301,28 +301,33 @@ class EmpiricalNormalization(nn.Module):
         self.count += count
         rate, delta = count / self.count, mean - self._mean
         self._mean += rate * delta
-        self._var += rate * (var - self._var + delta * (mean - self._mean))
+        self._var += rate * (var - self._var + delta * (mean - self._mean))  # _mean is the merged one already
         self._std.copy_(self._var.sqrt())
 
 
 class Gaussian(nn.Module):
-    """Diagonal Gaussian with one standard deviation per action; params = (mean, std), (..., A) each."""
+    """Diagonal Gaussian with one standard deviation per action; params = (mean, std), (..., A) each.
+
+    What a distribution has: `num_actions`, `num_outputs` (of the MLP), `init_bias`; `params(output)`, a tuple of tensors
+    (..., A, *), which the rollout keeps; of such params `sample` and `std`, (..., A), `log_prob(params, actions)`, `entropy`
+    and `kl(old, new)`, (...); and `deterministic(output)`, (..., A), the policy's action, which TorchScript compiles.
+    """
 
     def __init__(self, num_actions: int, args: Args):
         super().__init__()
         self.num_actions, self.num_outputs, self.std_type = num_actions, num_actions, args.std_type
-        self.init_bias = 0.0  # of no output: it has none beyond one per action
+        self.init_bias = 0.0  # of outputs beyond one per action, which it has not
         std = args.init_std * torch.ones(num_actions)
         name, value = ("std_param", std) if args.std_type == "scalar" else ("log_std_param", std.log())
         self.register_parameter(name, nn.Parameter(value, requires_grad=args.learn_std))
 
-    def mean_and_std(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def mean_and_std_param(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (..., A) and standard deviation parameter, (A,) or (..., A)."""
         return output, self.std_param if self.std_type == "scalar" else self.log_std_param
 
     def params(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # A std clamped at 1e-6 has zero gradient for ever (as in rsl_rl); --std-type log does not get there.
-        mean, std = self.mean_and_std(output)
+        mean, std = self.mean_and_std_param(output)
         if self.std_type == "scalar":
             std = std.clamp(1e-6, 1e6)
         else:
@@ -338,7 +343,7 @@ class Gaussian(nn.Module):
 
     def sample(self, params):
         mean, std = params
-        return torch.randn_like(mean) * std + mean
+        return torch.randn_like(mean) * std + mean  # torch.normal(mean, std) would read std on the host
 
     def log_prob(self, params, actions):  # (..., A) -> (...)
         # log N(a; mu, sigma) = -(a - mu)^2 / (2 sigma^2) - log sigma - log sqrt(2 pi), summed over the actions
@@ -361,9 +366,10 @@ class HeteroscedasticGaussian(Gaussian):
     def __init__(self, num_actions: int, args: Args):
         nn.Module.__init__(self)  # no parameter of its own
         self.num_actions, self.num_outputs, self.std_type = num_actions, 2 * num_actions, args.std_type
+        # The logarithm by torch, which rounds as rsl_rl's.
         self.init_bias = args.init_std if args.std_type == "scalar" else torch.tensor(args.init_std + 1e-7).log().item()
 
-    def mean_and_std(self, output):
+    def mean_and_std_param(self, output):
         return output.chunk(2, -1)
 
     @torch.jit.export
@@ -372,7 +378,7 @@ class HeteroscedasticGaussian(Gaussian):
 
 
 class Beta(nn.Module):
-    """Beta distribution rescaled to action_range; params = (concentration,), (..., A, 2), both > 1, so it has one mode.
+    """Beta distribution rescaled to action_range; params = (concentration,), (..., A, 2): alpha and beta, both > 1: one mode.
 
     A Beta is the Dirichlet distribution of two components; kept as one tensor, its gradients add up in rsl_rl's order.
     """
@@ -513,14 +519,13 @@ class Model(nn.Module):
     def __init__(self, shapes: dict[str, tuple[int, ...]], num_actions: int, args: Args):
         super().__init__()
         self.shapes, self.args = shapes, args
-        distributions = {"gaussian": Gaussian, "heteroscedastic": HeteroscedasticGaussian, "beta": Beta}
         self.vectors, self.images = ([group for group in shapes if len(shapes[group]) == dims] for dims in (1, 3))
         size = sum(shapes[group][0] for group in self.vectors)  # O
         self.obs_normalizer = EmpiricalNormalization(size) if args.obs_normalization else nn.Identity()
         # Weights are drawn in the order CNNs, MLP, RNN and listed in the order MLP, RNN, CNNs: both as in rsl_rl.
         cnns = nn.ModuleDict({group: CNN(group, shapes[group], args) for group in self.images})
         size += sum(cnn.size for cnn in cnns.values())
-        self.distribution = distributions[args.distribution](num_actions, args)
+        self.distribution = make_distribution(num_actions, args)
         num_inputs = size if args.rnn_type == "none" else args.rnn_hidden_dim
         self.mlp = make_mlp(num_inputs, self.distribution.num_outputs, args.student_hidden_dims, args.activation)
         # The outputs beyond one per action, where it has any (std, beta), start as a constant, as in rsl_rl.
@@ -587,6 +592,11 @@ def make_mlp(num_inputs: int, num_outputs: int, hidden_dims, activation: str) ->
     sizes = [num_inputs, *hidden_dims]
     layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), make_activation(activation))]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], num_outputs))
+
+
+def make_distribution(num_actions: int, args: Args) -> nn.Module:
+    classes = {"gaussian": Gaussian, "heteroscedastic": HeteroscedasticGaussian, "beta": Beta}
+    return classes[args.distribution](num_actions, args)
 
 
 def make_student(obs: TensorDict, num_actions: int, args: Args) -> Model:
@@ -751,17 +761,21 @@ def act(student: Model, teacher: Model | Experts, row: TensorDict) -> None:
 
 @torch.no_grad()
 def collect(env: VecEnv, storage: TensorDict, episodes: TensorDict, act_rows, args: Args) -> dict:
-    """Fill the storage with T steps; return the finished episodes' totals and the means of the environment's log."""
+    """Fill the storage with T steps; return the finished episodes' totals and the means of the environment's log.
+
+    act_rows: for each of the T rows a function without arguments that runs `act` on it.
+    """
     rows, logs = storage.unbind(0), {}
-    rows[0]["obs"].update_(rows[-1]["obs"])
+    rows[0]["obs"].update_(rows[-1]["obs"])  # goes on where the last rollout has ended
     rows[0]["first_state"].copy_(rows[0]["state"]["student"])
     for row, next_row, act_row in zip(rows, rows[1:], act_rows):
         act_row()
         actions = row["actions"] if args.clip_actions is None else row["actions"].clamp(-args.clip_actions, args.clip_actions)
-        # Inference mode makes small operations cheaper, and what is made in it read-only: so only for state kept in place.
+        # Inference mode makes small operations cheaper, but what is made in it cannot be changed outside of it: so only for
+        # environments that keep their state in place.
         with torch.inference_mode(is_capturable(env)):
             obs, rewards, dones, extras = env.step(actions.to(env.device))
-        # Copied, never referenced: simulators reuse these buffers in place.
+        # Copied, since simulators reuse these buffers. After a done it is the next episode's first observation.
         next_row["obs"].update_(obs.select(*next_row["obs"].keys()))
         row["rewards"].copy_(rewards)
         row["dones"].copy_(dones)
@@ -800,10 +814,11 @@ def finish_episodes(episodes: TensorDict, series: dict[str, torch.Tensor], dones
     series = series | {"episode_length": torch.ones_like(series["reward"])}
     still_running = dones.flip(0).cumsum(0).flip(0) == 0  # (T, N): no done from here to the end of the rollout
     finished = {"num_episodes": dones.sum()}
+    # No loop over steps, no read: what follows an environment's last done belongs to its running episode, the rest to others.
     for name, total in episodes.items():
-        everything = total + series[name].sum(0)
+        seen = total + series[name].sum(0)
         total.copy_(torch.where(still_running[0], total, 0.0) + torch.where(still_running, series[name], 0.0).sum(0))
-        finished[name] = (everything - total).sum()
+        finished[name] = (seen - total).sum()
     return finished
 
 
@@ -826,9 +841,9 @@ class FlatOptimizer:
     """Adam, AdamW or SGD over one vector that holds all weights: a dozen kernels a step, however many layers there are.
 
     The parameters become views of `weights`, their gradients views of `gradient`. Learning rate and step count are tensors
-    on the device, so that nothing waits and a CUDA graph sees them change: set the rate with `lr.fill_(x)`. `differentiate(loss)`
-    stands for zero_grad and loss.backward(), which would add to what is there. On a CPU the steps equal torch.optim's to the
-    bit, where every parameter has a gradient. Change networks before, not after.
+    on the device, so that nothing waits and a CUDA graph sees them change: set the rate with `lr.fill_(x)`. `differentiate`
+    replaces zero_grad and backward: it overwrites `gradient`. On a CPU the steps equal torch.optim's to the bit, where every
+    parameter has a gradient. Change networks before it is made: what comes later is not trained (`check_agent` refuses it).
 
     Args:
         params: the parameters of all networks, in rsl_rl's order.
@@ -952,9 +967,10 @@ class CudaGraph:
     """`fn(*args)` as one CUDA graph launch; where not `enabled`, just the call.
 
     Two ordinary calls come first (real iterations): one warms up, the other shows whether `fn` waits for the device, which
-    no graph can; then it stays without. Else the third is recorded, and from then on every call replays the same kernels on
-    the same memory: `fn` may only touch tensors that stay where they are and are changed in place. What it returns is
-    overwritten by the next call.
+    no graph can; if so it is never captured. If not, the third is recorded, and from then on every call replays the same
+    kernels on the same memory: `fn` may only touch tensors that stay where they are and are changed in place. Python numbers
+    (those of `args`, a counter) and branches freeze in the recording: what changes must be a tensor, like `optimizer.lr`.
+    What `fn` returns is overwritten by the next call.
     """
 
     def __init__(self, fn, *args, enabled: bool, generators=(), pool=None):
@@ -1348,7 +1364,7 @@ def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", ar
     checkpoint = load_checkpoint(pathlib.Path(path), torch.device(device))
     state, args, shapes = read_policy(f"--checkpoint {path}", checkpoint, args or Args())
     layers = [value for key, value in state.items() if re.fullmatch(r"mlp\.\d+\.weight", key)]
-    first, outputs = state.get("rnn.rnn.weight_ih_l0", layers[0]), 1 if args.distribution == "gaussian" else 2
+    first, outputs = state.get("rnn.rnn.weight_ih_l0", layers[0]), make_distribution(1, args).num_outputs
     student = Model(shapes or {"obs": (first.shape[1],)}, layers[-1].shape[0] // outputs, args)
     resume = checkpoint.get("resume", {})  # of ppo_cnn.py or of this script
     student.dtypes = resume.get("actor_dtypes") or {group: resume["obs"][group].dtype for group in student.images}
@@ -1611,7 +1627,7 @@ def tensors_of(agent: dict) -> list[torch.Tensor]:
 
 
 def check_agent(agent: dict) -> None:
-    """Refuse to train parameters that have left their optimizer's vector, as those of a network changed later: none would move."""
+    """Refuse parameters that have left their optimizer's vector, as those of a network changed later: they would not move."""
     optimizers = [part for part in agent.values() if isinstance(part, FlatOptimizer)]
     homes = {x.untyped_storage().data_ptr() for optimizer in optimizers for x in (optimizer.weights, optimizer.gradient)}
     for module in (part for part in agent.values() if isinstance(part, nn.Module)):

@@ -94,7 +94,7 @@ class Args:
     timeout_bootstrap: Literal["final_obs", "reference"] = "final_obs"
     """At a time-out bootstrap from V(final_obs), where the environment gives it, or from V(s_t), as rsl_rl does."""
     clip_actions: float | None = None
-    """Clamp the actions sent to the environment to +-this; no part of the policy, so to be repeated in --play."""
+    """Clamp the actions sent to the environment to +-this; not stored with the policy: give it again in --play."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is a GPU."""
     num_threads: int = 0
@@ -130,7 +130,7 @@ class Args:
     num_learning_epochs: int = 5
     """Passes over each rollout."""
     num_mini_batches: int = 4
-    """Mini-batches per pass; samples that do not fill one are dropped."""
+    """Mini-batches per pass; the last samples, where they do not fill one, are dropped."""
     gamma: float = 0.99
     """Discount per env step."""
     lam: float = 0.95
@@ -255,35 +255,40 @@ class EmpiricalNormalization(nn.Module):
 
     def update(self, x: torch.Tensor) -> None:
         """Merge the moments of a batch x (B, O): Chan et al. 1983, parallel variance, in rsl_rl's order."""
-        count = torch.full_like(self.count, x.shape[0])
+        count = torch.full_like(self.count, x.shape[0])  # a tensor: a Python number would round otherwise
         var, mean = torch.var(x, dim=0, unbiased=False, keepdim=True), x.mean(dim=0, keepdim=True)  # (1, O)
         count, local_mean, mean = count * dist.get_world_size(), mean, average(mean)  # every rank has as many samples
         var = average(var + (local_mean - mean) ** 2)
         self.count += count
         rate, delta = count / self.count, mean - self._mean
         self._mean += rate * delta
-        self._var += rate * (var - self._var + delta * (mean - self._mean))
+        self._var += rate * (var - self._var + delta * (mean - self._mean))  # _mean is the merged one already
         self._std.copy_(self._var.sqrt())
 
 
 class Gaussian(nn.Module):
-    """Diagonal Gaussian with one standard deviation per action; params = (mean, std), (..., A) each."""
+    """Diagonal Gaussian with one standard deviation per action; params = (mean, std), (..., A) each.
+
+    What a distribution has: `num_actions`, `num_outputs` (of the MLP), `init_bias`; `params(output)`, a tuple of tensors
+    (..., A, *), which the rollout keeps; of such params `sample` and `std`, (..., A), `log_prob(params, actions)`, `entropy`
+    and `kl(old, new)`, (...); and `deterministic(output)`, (..., A), the policy's action, which TorchScript compiles.
+    """
 
     def __init__(self, num_actions: int, args: Args):
         super().__init__()
         self.num_actions, self.num_outputs, self.std_type = num_actions, num_actions, args.std_type
-        self.init_bias = 0.0  # of no output: it has none beyond one per action
+        self.init_bias = 0.0  # of outputs beyond one per action, which it has not
         std = args.init_std * torch.ones(num_actions)
         name, value = ("std_param", std) if args.std_type == "scalar" else ("log_std_param", std.log())
         self.register_parameter(name, nn.Parameter(value, requires_grad=args.learn_std))
 
-    def mean_and_std(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def mean_and_std_param(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (..., A) and standard deviation parameter, (A,) or (..., A)."""
         return output, self.std_param if self.std_type == "scalar" else self.log_std_param
 
     def params(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # A std clamped at 1e-6 has zero gradient for ever (as in rsl_rl); --std-type log does not get there.
-        mean, std = self.mean_and_std(output)
+        mean, std = self.mean_and_std_param(output)
         if self.std_type == "scalar":
             std = std.clamp(1e-6, 1e6)
         else:
@@ -299,7 +304,7 @@ class Gaussian(nn.Module):
 
     def sample(self, params):
         mean, std = params
-        return torch.randn_like(mean) * std + mean
+        return torch.randn_like(mean) * std + mean  # torch.normal(mean, std) would read std on the host
 
     def log_prob(self, params, actions):  # (..., A) -> (...)
         # log N(a; mu, sigma) = -(a - mu)^2 / (2 sigma^2) - log sigma - log sqrt(2 pi), summed over the actions
@@ -322,9 +327,10 @@ class HeteroscedasticGaussian(Gaussian):
     def __init__(self, num_actions: int, args: Args):
         nn.Module.__init__(self)  # no parameter of its own
         self.num_actions, self.num_outputs, self.std_type = num_actions, 2 * num_actions, args.std_type
+        # The logarithm by torch, which rounds as rsl_rl's.
         self.init_bias = args.init_std if args.std_type == "scalar" else torch.tensor(args.init_std + 1e-7).log().item()
 
-    def mean_and_std(self, output):
+    def mean_and_std_param(self, output):
         return output.chunk(2, -1)
 
     @torch.jit.export
@@ -333,7 +339,7 @@ class HeteroscedasticGaussian(Gaussian):
 
 
 class Beta(nn.Module):
-    """Beta distribution rescaled to action_range; params = (concentration,), (..., A, 2), both > 1, so it has one mode.
+    """Beta distribution rescaled to action_range; params = (concentration,), (..., A, 2): alpha and beta, both > 1: one mode.
 
     A Beta is the Dirichlet distribution of two components; kept as one tensor, its gradients add up in rsl_rl's order.
     """
@@ -402,7 +408,7 @@ class Model(nn.Module):
         return torch.cat([obs[group] for group in self.shapes], dim=-1)  # (..., O)
 
     def preprocess(self, obs: TensorDict):
-        """What `forward` reads: done once per rollout row, for all epochs of the update."""
+        """What `forward` reads. A step of its own, so that the update does it once for all its epochs."""
         return self.obs_normalizer(self.concatenate(obs))  # (..., O)
 
     def forward(self, x) -> torch.Tensor:
@@ -427,9 +433,13 @@ def make_activation(name: str) -> nn.Module:
     return classes[name]()
 
 
+def make_distribution(num_actions: int, args: Args) -> nn.Module:
+    classes = {"gaussian": Gaussian, "heteroscedastic": HeteroscedasticGaussian, "beta": Beta}
+    return classes[args.distribution](num_actions, args)
+
+
 def make_actor(shapes: dict[str, tuple[int, ...]], num_actions: int, args: Args) -> Model:
-    distributions = {"gaussian": Gaussian, "heteroscedastic": HeteroscedasticGaussian, "beta": Beta}
-    return Model(shapes, args.actor_hidden_dims, args, distributions[args.distribution](num_actions, args))
+    return Model(shapes, args.actor_hidden_dims, args, make_distribution(num_actions, args))
 
 
 def make_models(obs: TensorDict, num_actions: int, args: Args) -> tuple[Model, Model]:
@@ -489,7 +499,10 @@ def make_storage(obs: TensorDict, num_actions: int, actor: Model, args: Args) ->
 
 @torch.no_grad()
 def act(actor: Model, critic: Model, row: TensorDict) -> None:
-    """Sample an action for the observation in this row (N, ...) of the storage, and write down what PPO needs."""
+    """Sample an action for the observation in this row (N, ...) of the storage, and write down what PPO needs.
+
+    By copy_, always: the row is a view of the storage, and a CUDA graph knows its memory alone.
+    """
     params = actor.distribution.params(actor(actor.preprocess(row["obs"])))
     row["actions"].copy_(actor.distribution.sample(params))
     for stored, param in zip(row["params"].values(), params):
@@ -503,16 +516,21 @@ def evaluate(critic: Model, obs: TensorDict) -> torch.Tensor:
 
 @torch.no_grad()
 def collect(env: VecEnv, critic: Model, storage: TensorDict, episodes: TensorDict, act_rows, args: Args) -> dict:
-    """Fill the storage with T steps; return the finished episodes' totals and the means of the environment's log."""
+    """Fill the storage with T steps; return the finished episodes' totals and the means of the environment's log.
+
+    act_rows: for each of the T rows a function without arguments that runs `act` on it.
+    """
     rows, logs = storage.unbind(0), {}
-    rows[0]["obs"].update_(rows[-1]["obs"])
+    rows[0]["obs"].update_(rows[-1]["obs"])  # goes on where the last rollout has ended
     for row, next_row, act_row in zip(rows, rows[1:], act_rows):
         act_row()
+        # Stored unclamped: so the log-probability is that of what was drawn.
         actions = row["actions"] if args.clip_actions is None else row["actions"].clamp(-args.clip_actions, args.clip_actions)
-        # Inference mode makes small operations cheaper, and what is made in it read-only: so only for state kept in place.
+        # Inference mode makes small operations cheaper, but what is made in it cannot be changed outside of it: so only for
+        # environments that keep their state in place.
         with torch.inference_mode(is_capturable(env)):
             obs, rewards, dones, extras = env.step(actions.to(env.device))
-        # Copied, never referenced: simulators reuse these buffers in place.
+        # Copied, since simulators reuse these buffers. After a done it is the next episode's first observation.
         next_row["obs"].update_(obs.select(*next_row["obs"].keys()))
         row["rewards"].copy_(rewards)
         row["dones"].copy_(dones)
@@ -534,6 +552,7 @@ def bootstrap_value(critic: Model, row: TensorDict, extras: dict, args: Args) ->
     if "time_outs" not in extras:
         return torch.zeros_like(values)
     if args.timeout_bootstrap == "final_obs" and extras.get("final_obs") is not None:
+        # Of all N, though few time out: asking which would wait for the device.
         values = evaluate(critic, row["obs"].clone().update_(extras["final_obs"].select(*row["obs"].keys())))
     # Not a product: rows without a time-out may hold anything.
     return torch.where(extras["time_outs"].to(row.device).bool(), values, 0.0)
@@ -555,10 +574,11 @@ def finish_episodes(episodes: TensorDict, series: dict[str, torch.Tensor], dones
     series = series | {"episode_length": torch.ones_like(series["reward"])}
     still_running = dones.flip(0).cumsum(0).flip(0) == 0  # (T, N): no done from here to the end of the rollout
     finished = {"num_episodes": dones.sum()}
+    # No loop over steps, no read: what follows an environment's last done belongs to its running episode, the rest to others.
     for name, total in episodes.items():
-        everything = total + series[name].sum(0)
+        seen = total + series[name].sum(0)
         total.copy_(torch.where(still_running[0], total, 0.0) + torch.where(still_running, series[name], 0.0).sum(0))
-        finished[name] = (everything - total).sum()
+        finished[name] = (seen - total).sum()
     return finished
 
 
@@ -568,12 +588,12 @@ def finish_episodes(episodes: TensorDict, series: dict[str, torch.Tensor], dones
 def compute_gae(storage: TensorDict, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimate: advantages and returns, (T, N) each."""
     values = storage["values"]
-    # A time-out is no end of the task: r_t + gamma V(s'_t) goes on where the episode was cut.
+    # A time-out is no end of the task: r_t + gamma V(s'_t), s'_t being the state in which it was cut (bootstrap_value).
     rewards = storage["rewards"][:-1] + args.gamma * storage["bootstrap"][:-1]
     discount = args.gamma * ~storage["dones"][:-1]
-    # delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                                 arXiv:1506.02438 eq. 10
+    # delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t), d_t: done              arXiv:1506.02438 eq. 10
     advantages = rewards + discount * values[1:] - values[:-1]
-    # A_t = delta_t + gamma lambda A_{t+1}, in place                             arXiv:1506.02438 eq. 16
+    # A_t = delta_t + gamma lambda (1 - d_t) A_{t+1}, in place                    arXiv:1506.02438 eq. 16
     decay = discount * args.lam
     for t in reversed(range(args.num_steps_per_env - 1)):
         advantages[t].add_(decay[t] * advantages[t + 1])
@@ -591,7 +611,11 @@ def compute_gae(storage: TensorDict, args: Args) -> tuple[torch.Tensor, torch.Te
 
 
 def ppo_loss(actor: Model, critic: Model, batch: TensorDict, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The PPO loss of one mini-batch (B, ...), and what to log of it."""
+    """The PPO loss of one mini-batch (B, ...), and what to log of it.
+
+    It holds what the networks read (actor_input, critic_input), what the policy that acted did (actions, log_prob, params,
+    values), and advantages and returns.
+    """
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.mixed_precision):
         output, values = actor(batch["actor_input"]), critic(batch["critic_input"]).squeeze(-1)
     params = actor.distribution.params(output.to(batch["returns"].dtype))
@@ -606,9 +630,9 @@ def ppo_loss(actor: Model, critic: Model, batch: TensorDict, args: Args) -> tupl
     ratio = torch.exp(log_prob - batch["log_prob"])
     clipped = ratio.detach().clamp(1.0 - args.clip_param, 1.0 + args.clip_param)
     gain, clipped_gain = advantages * ratio, advantages * clipped
-    # Inside the range the two are equal and the first one carries the gradient. torch.min would share it between them.
+    # Inside the range the two are equal, and `where` leaves all the gradient to the first. torch.min would halve it.
     surrogate_loss = -torch.where(gain <= clipped_gain, gain, clipped_gain).mean()
-    # Value loss: the larger of the plain error and that of a prediction at most eps from the old one.
+    # Value loss: the larger of the plain error and that of a prediction at most eps from the old one. No 1/2, as in rsl_rl.
     value_error = (values - batch["returns"]) ** 2
     if args.use_clipped_value_loss:
         step = (values - batch["values"]).clamp(-args.clip_param, args.clip_param)
@@ -632,9 +656,9 @@ class FlatOptimizer:
     """Adam, AdamW or SGD over one vector that holds all weights: a dozen kernels a step, however many layers there are.
 
     The parameters become views of `weights`, their gradients views of `gradient`. Learning rate and step count are tensors
-    on the device, so that nothing waits and a CUDA graph sees them change: set the rate with `lr.fill_(x)`. `differentiate(loss)`
-    stands for zero_grad and loss.backward(), which would add to what is there. On a CPU the steps equal torch.optim's to the
-    bit, where every parameter has a gradient. Change networks before, not after.
+    on the device, so that nothing waits and a CUDA graph sees them change: set the rate with `lr.fill_(x)`. `differentiate`
+    replaces zero_grad and backward: it overwrites `gradient`. On a CPU the steps equal torch.optim's to the bit, where every
+    parameter has a gradient. Change networks before it is made: what comes later is not trained (`check_agent` refuses it).
 
     Args:
         params: the parameters of all networks, in rsl_rl's order.
@@ -707,8 +731,9 @@ class FlatOptimizer:
 
 
 def make_batches(actor: Model, critic: Model, storage: TensorDict, permutation: torch.Tensor, args: Args) -> list[TensorDict]:
-    """GAE, then the rollout flattened, shuffled and normalised once: every epoch reads the same mini-batches (B, ...)."""
+    """GAE, then the rollout shuffled and normalised once: as in rsl_rl, every epoch reads the same mini-batches (B, ...)."""
     rollout = storage.select("obs", "actions", "params", "values")[:-1]
+    # Of the policy that acted, by what was stored of it: one call, not one in each step of the rollout.
     rollout["log_prob"] = actor.distribution.log_prob(tuple(rollout["params"].values()), rollout["actions"])
     rollout["advantages"], rollout["returns"] = compute_gae(storage, args)
     batch = rollout.flatten(0, 1)[permutation]
@@ -743,7 +768,8 @@ def backward(loss: torch.Tensor, optimizer, metrics: dict[str, torch.Tensor]) ->
 
 
 def adapt_learning_rate(optimizer, kl: torch.Tensor, args: Args) -> None:
-    """Learning rate / 1.5 where the policy moved too far, x 1.5 where it hardly moved; on the device, in place."""
+    """Learning rate / 1.5 (at least 1e-5) if the policy, before this step, has moved too far; x 1.5 (at most 1e-2) if hardly,
+    but not at a KL of 0, where it has not moved yet. On the device, in place."""
     lr = optimizer.lr
     slower, faster = (lr / 1.5).clamp(min=1e-5), (lr * 1.5).clamp(max=1e-2)
     faster = torch.where((kl < args.desired_kl / 2.0) & (kl > 0.0), faster, lr)
@@ -751,7 +777,10 @@ def adapt_learning_rate(optimizer, kl: torch.Tensor, args: Args) -> None:
 
 
 def update(actor: Model, critic: Model, optimizer, storage: TensorDict, permutation: torch.Tensor, step_fn, args: Args) -> dict:
-    """All epochs over one rollout; returns what to log, on the device: (E * M,) for each mini-batch, or one number."""
+    """All epochs over one rollout, in steps of `step_fn`, which is mini_batch_step, compiled or not.
+
+    Returns what to log, on the device: one number, or one for each mini-batch of each epoch.
+    """
     batches = make_batches(actor, critic, storage, permutation, args)
     steps = [step_fn(actor, critic, optimizer, batch, args) for batch in batches * args.num_learning_epochs]
     metrics = {f"Loss/{name}": torch.stack([step[name] for step in steps]) for name in steps[0]}
@@ -769,9 +798,10 @@ class CudaGraph:
     """`fn(*args)` as one CUDA graph launch; where not `enabled`, just the call.
 
     Two ordinary calls come first (real iterations): one warms up, the other shows whether `fn` waits for the device, which
-    no graph can; then it stays without. Else the third is recorded, and from then on every call replays the same kernels on
-    the same memory: `fn` may only touch tensors that stay where they are and are changed in place. What it returns is
-    overwritten by the next call.
+    no graph can; if so it is never captured. If not, the third is recorded, and from then on every call replays the same
+    kernels on the same memory: `fn` may only touch tensors that stay where they are and are changed in place. Python numbers
+    (those of `args`, a counter) and branches freeze in the recording: what changes must be a tensor, like `optimizer.lr`.
+    What `fn` returns is overwritten by the next call.
     """
 
     def __init__(self, fn, *args, enabled: bool, generators=(), pool=None):
@@ -1159,7 +1189,7 @@ def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", ar
         settings["std_type"] = "log"
     args = dataclasses.replace(args or Args(), **settings)
     shapes = resume.get("actor_shapes", {"obs": (layers[0].shape[1],)})
-    actor = make_actor(shapes, layers[-1].shape[0] // (1 if args.distribution == "gaussian" else 2), args)
+    actor = make_actor(shapes, layers[-1].shape[0] // make_distribution(1, args).num_outputs, args)
     restore({"actor": actor.to(device)}, checkpoint, pathlib.Path(path))
     return LoadedPolicy(actor.eval(), tuple(shapes) if resume else args.actor_obs)
 
@@ -1364,7 +1394,7 @@ def tensors_of(agent: dict) -> list[torch.Tensor]:
 
 
 def check_agent(agent: dict) -> None:
-    """Refuse to train parameters that have left their optimizer's vector, as those of a network changed later: none would move."""
+    """Refuse parameters that have left their optimizer's vector, as those of a network changed later: they would not move."""
     optimizers = [part for part in agent.values() if isinstance(part, FlatOptimizer)]
     homes = {x.untyped_storage().data_ptr() for optimizer in optimizers for x in (optimizer.weights, optimizer.gradient)}
     for module in (part for part in agent.values() if isinstance(part, nn.Module)):
@@ -1521,7 +1551,7 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
             times = [timestamp(device)]
             metrics = run_collect()
             times.append(timestamp(device))
-            torch.randperm(samples, out=permutation)  # outside the graph: the host draws small ones
+            torch.randperm(samples, out=permutation)  # outside the graph: torch draws short ones on the host
             metrics = metrics | run_update() | {"finite/weights": all_finite(tensors_of(agent))}
             times.append(timestamp(device))
             # Needs no device: where a rank is lost it fails before `fetch` waits in vain.
