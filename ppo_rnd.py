@@ -51,6 +51,7 @@ import dataclasses
 import datetime
 import importlib
 import inspect
+import io
 import json
 import logging
 import math
@@ -85,7 +86,7 @@ class UserError(ValueError):
 
 @dataclasses.dataclass
 class Args:
-    """Names and defaults are rsl_rl's; built-in tasks bring tuned ones (`--help --env <id>` shows them)."""
+    """Names are rsl_rl's, defaults its PPO's and Isaac Lab's; built-in tasks bring tuned ones (`--help --env <id>` shows them)."""
 
     env: str = "navigation-maze"
     """Built-in task, `simulator:task`, or `package.module:factory` for a function that returns your environment."""
@@ -233,6 +234,11 @@ class Args:
     terminations: bool = True
     """In --play: let the environment end episodes early, where it can be told not to."""
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # from YAML
+                setattr(self, name, tuple(value))
+
 
 def check_args(args: Args) -> None:
     """Refuse what cannot work, before any time is spent on it."""
@@ -242,6 +248,7 @@ def check_args(args: Args) -> None:
     positive = ["num_envs", "num_steps_per_env", "max_iterations", "num_learning_epochs", "num_mini_batches", "save_interval"]
     positive += ["init_std", "learning_rate", "desired_kl", "max_grad_norm", "clip_param", "play_envs"]
     positive += ["rnd_num_outputs", "rnd_learning_rate"]
+    positive += ["clip_actions"] if args.clip_actions is not None else []
     for name in positive:
         if not getattr(args, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
@@ -262,6 +269,12 @@ def check_args(args: Args) -> None:
         raise UserError(f"--no-learn-std: only the gaussian distribution has a fixed std, not {args.distribution}")
     if (args.play or args.export) and args.resume:
         raise UserError("--resume: continues training; --play and --export take --load-run and --checkpoint without it")
+    if "/" in args.run_name:
+        raise UserError(f"--run-name {args.run_name}: is a part of one folder's name, so without /")
+    root = pathlib.Path(args.log_root).absolute()
+    there = next(folder for folder in (root, *root.parents) if folder.exists())
+    if args.log_root and not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"--log-root {args.log_root}: {there} is no folder that can be written to")
     if args.video_interval and not args.log_root:
         raise UserError("--video-interval: films go to the run's folder; set --log-root")
 
@@ -613,7 +626,8 @@ def collect(env: VecEnv, critic: Model, rnd, storage: TensorDict, episodes: Tens
     for row, next_row, act_row in zip(rows, rows[1:], act_rows):
         act_row()
         # Stored unclamped: so the log-probability is that of what was drawn.
-        actions = row["actions"] if args.clip_actions is None else row["actions"].clamp(-args.clip_actions, args.clip_actions)
+        actions = row["actions"].clone()  # which the environment may keep, or write to
+        actions = actions if args.clip_actions is None else actions.clamp_(-args.clip_actions, args.clip_actions)
         # Inference mode makes small operations cheaper, but what is made in it cannot be changed outside of it: so only for
         # environments that keep their state in place.
         with torch.inference_mode(is_capturable(env)):
@@ -625,10 +639,11 @@ def collect(env: VecEnv, critic: Model, rnd, storage: TensorDict, episodes: Tens
         row["intrinsic_rewards"].copy_(intrinsic_reward(rnd, row, next_row, extras, args))
         row["bootstrap"].copy_(bootstrap_value(critic, row, extras, args))
         for key, value in (extras.get("episode") or extras.get("log") or {}).items():
-            value = value.to(row.device, torch.get_default_dtype()).mean() if torch.is_tensor(value) else float(value)
+            value = value if torch.is_tensor(value) else torch.full((1,), float(value), device=row.device)
+            value = value.to(row.device, torch.get_default_dtype(), copy=True).flatten()  # none, one or (N,)
             logs.setdefault(key if "/" in key else f"Episode/{key}", []).append(value)
     rows[-1]["values"].copy_(evaluate(critic, rows[-1]["obs"]))
-    logs = {key: torch.stack(v).mean() if all(map(torch.is_tensor, v)) else sum(v) / len(v) for key, v in logs.items()}
+    logs = {key: torch.cat(values).mean() for key, values in logs.items()}
     series = {"reward": storage["rewards"][:-1], "intrinsic_reward": storage["intrinsic_rewards"][:-1]}
     return finish_episodes(episodes, series, storage["dones"][:-1]) | logs | {"Rnd/weight": rnd.weight()}
 
@@ -654,7 +669,7 @@ def bootstrap_value(critic: Model, row: TensorDict, extras: dict, args: Args) ->
     The returned observation is already the next episode's. rsl_rl takes V(s_t) instead; V(final_obs) is the true value.
     """
     values = row["values"]
-    if "time_outs" not in extras:
+    if extras.get("time_outs") is None:
         return torch.zeros_like(values)
     if args.timeout_bootstrap == "final_obs" and extras.get("final_obs") is not None:
         # Of all N, though few time out: asking which would wait for the device.
@@ -928,8 +943,10 @@ class CudaGraph:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            result = self.fn(*self.args)
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                result = self.fn(*self.args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
         if waits:
             self.enabled = False
@@ -1070,7 +1087,7 @@ def make_run_dir(args: Args, env: VecEnv) -> pathlib.Path | None:
     """Create the run's folder with all that repeating it takes: arguments, environment, this script, the state of git."""
     if not args.log_root:
         return None
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
     run_dir = experiment_dir(args) / (f"{stamp}_{args.run_name}" if args.run_name else stamp)
     run_dir.mkdir(parents=True)
     (run_dir / "args.yaml").write_text(to_yaml(args))
@@ -1086,7 +1103,11 @@ def to_yaml(value: Any) -> str:
     def simple(x):
         return x.to_dict() if hasattr(x, "to_dict") else dataclasses.asdict(x) if dataclasses.is_dataclass(x) else repr(x)
 
-    return yaml.safe_dump(json.loads(json.dumps(value, default=simple, skipkeys=True)), sort_keys=False)
+    try:
+        value = json.loads(json.dumps(value, default=simple, skipkeys=True))
+    except Exception:  # an environment's cfg may be anything: a class, a cycle, something with a lock inside
+        value = repr(value)
+    return yaml.safe_dump(value, sort_keys=False)
 
 
 def make_writer(args: Args, env: VecEnv, run_dir: pathlib.Path | None):
@@ -1187,17 +1208,21 @@ def find_checkpoint(args: Args) -> pathlib.Path:
     """The checkpoint that --checkpoint, --load-run and --wandb-run-path name; left out: the newest of the experiment."""
     if args.wandb_run_path:
         return download_checkpoint(args)
-    if pathlib.Path(args.checkpoint).is_file():
+    folder = experiment_dir(args)
+    # The command that has started a run from a checkpoint, repeated with --resume, continues that run.
+    runs = [yaml.safe_load(file.read_text()) for file in folder.glob("*/args.yaml")] if args.resume else []
+    started = any(run["checkpoint"] == args.checkpoint and not run["resume"] for run in runs)
+    if pathlib.Path(args.checkpoint).is_file() and not started:
         return pathlib.Path(args.checkpoint)
-    wanted = args.checkpoint or r"model_\d+\.pt"
+    wanted = r"model_\d+\.pt" if started or not args.checkpoint else args.checkpoint
     searched = f"--load-run {args.load_run} --checkpoint {wanted}"
     try:
-        files = [file for file in experiment_dir(args).glob("*/model_*.pt") if re.fullmatch(args.load_run, file.parent.name)]
+        files = [file for file in folder.glob("*/model_*.pt") if re.fullmatch(args.load_run, file.parent.name)]
         files = [file for file in files if re.fullmatch(wanted, file.name)]
     except re.error as error:
         raise UserError(f"{searched}: is no regular expression ({error})") from error
     if not files:
-        raise UserError(f"{searched}: no such file, and no run in {experiment_dir(args)} has one; train first, or give a path")
+        raise UserError(f"{searched}: no such file, and no run in {folder} has one; train first, or give a path")
     return max(files, key=lambda file: (file.parent.name, iteration_of(file)))
 
 
@@ -1249,8 +1274,8 @@ class LoadedPolicy:
         """obs: a TensorDict (or dict) of groups, (B, ...) each, or the actor's groups concatenated, (B, O)."""
         if not torch.is_tensor(obs):
             groups = self.groups or first_group(obs, "actor", "policy", "state")
-            obs = torch.cat([obs[group] for group in groups], dim=-1).to(self.module.mlp[0].weight.dtype)
-        return self.module(obs)
+            obs = torch.cat([obs[group] for group in groups], dim=-1)
+        return self.module(obs.to(self.module.mlp[0].weight.dtype))
 
     def reset(self, dones: torch.Tensor | None = None) -> None:
         """Tell the policy which environments (B,) start a new episode; None: all."""
@@ -1357,7 +1382,9 @@ def roll_out(env: VecEnv, policy, device: torch.device, args: Args, film: pathli
     frame_interval = max(1, round(0.06 / getattr(env, "step_dt", 0.06)))  # about 16 pictures per second
     for step in range(int(env.max_episode_length)):
         if hasattr(env, "render") and step % frame_interval == 0 and len(frames) < 160 and running[0]:
-            frames.append(Image.fromarray(env.render()).quantize(64, method=Image.Quantize.FASTOCTREE))
+            picture = env.render()
+            if picture is not None:  # it draws on a screen of its own
+                frames.append(Image.fromarray(picture).quantize(64, method=Image.Quantize.FASTOCTREE))
         actions = policy(obs) if args.clip_actions is None else policy(obs).clamp(-args.clip_actions, args.clip_actions)
         obs, rewards, dones, extras = env.step(actions.to(env.device))
         obs = obs.to(device)
@@ -1425,6 +1452,7 @@ def set_up_torch(args: Args) -> torch.device:
         torch.cuda.set_device(device)  # streams, events and random states are those of the current device
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision(args.float32_matmul_precision)
+    torch.backends.cudnn.allow_tf32 = args.float32_matmul_precision != "highest"  # of convolutions and RNNs, in the variants
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and max(args.actor_hidden_dims) < 256:
@@ -1451,7 +1479,8 @@ def make_env(args: Args, device: torch.device, **options) -> VecEnv:
         return make(args.env, **settings)
     except (ImportError, ValueError) as error:
         alone = getattr(error, "name", None) == "envs"  # a script that was copied without it
-        raise UserError(f"--env {args.env}: needs the folder envs/ beside this script" if alone else str(error)) from error
+        hint = f"--env {args.env}: is no package.module:factory, and a built-in task needs the folder envs/ beside this script"
+        raise UserError(hint if alone else str(error)) from error
 
 
 def adopt(env: VecEnv, args: Args) -> Args:
@@ -1506,6 +1535,20 @@ def resume_state(args: Args, env: VecEnv, agent: dict, storage: TensorDict, epis
     }
 
 
+def check_resumable(state: dict) -> None:
+    """Refuse what could be saved but not read again: torch.load(weights_only=True) takes tensors and plain values alone."""
+    for name, part in state.items():
+        buffer = io.BytesIO()
+        try:
+            torch.save(part, buffer)
+            buffer.seek(0)
+            torch.load(buffer, weights_only=True)
+        except Exception as error:
+            kind = (re.findall(r"GLOBAL (\S+)", str(error)) or [error])[0]
+            source = {"args": "Args", "env": "env.state_dict()"}.get(name, name)
+            raise UserError(f"{source}: no checkpoint can hold {kind}; use tensors, numbers, strings, lists, dicts") from error
+
+
 def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: TensorDict) -> None:
     if not resume:
         return print("this checkpoint holds no random streams and no environment state (rsl_rl's do not): they start afresh")
@@ -1522,6 +1565,10 @@ def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: 
 def start_from(path: pathlib.Path, agent: dict, env: VecEnv, storage: TensorDict, episodes: TensorDict, args: Args) -> int:
     """Go on from a checkpoint; returns how many iterations are finished: with --resume its own, in a new run none."""
     checkpoint = load_checkpoint(path, storage.device)
+    saved = checkpoint.get("resume", {}).get("args", {})
+    for name in ("activation", "distribution", "std_type", "action_range"):  # which the tensors do not always show
+        if saved.get(name, getattr(args, name)) != getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {path} was trained with {saved[name]}")
     if not args.resume:
         name = "student" if "student_state_dict" in checkpoint else "actor"  # PPO fine-tunes what distillation has taught
         restore({name: agent["actor"]}, checkpoint, path)
@@ -1568,6 +1615,8 @@ def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
     storage = make_storage(obs.select(*actor.shapes, *critic.shapes, *rnd.shapes), env.num_actions, actor, args)  # what is read
     episodes = make_episodes(args, device)
     start = start_from(path, agent, env, storage, episodes, args) if path else 0
+    if args.log_root:
+        check_resumable(resume_state(args, env, agent, storage, episodes))
     run_dir = make_run_dir(args, env)
     writer = make_writer(args, env, run_dir)
 

@@ -681,7 +681,7 @@ def symmetry(env, obs: TensorDict | None = None, actions: torch.Tensor | None = 
     def mirrored(kind, x):
         if kind == "scan":
             return x.flip(-1)
-        index, sign = env.mirrors[kind]
+        index, sign = (part.to(x.device) for part in env.mirrors[kind])
         return x.index_select(1, index) * sign
 
     if obs is not None:

@@ -35,12 +35,13 @@ class VecEnv(Protocol):
     # Optional, used where present:
     #   step_dt: float                         seconds per env step (else 1.0)
     #   capturable: bool                       `step` may run inside a CUDA graph, and in torch.inference_mode: static shapes,
-    #                                          state updated in place. To be declared by the class itself: what a subclass or
-    #                                          a wrapper inherits does not count
+    #                                          state updated in place, logs in tensors. To be declared by the class itself:
+    #                                          what a subclass or a wrapper inherits does not count
     #   generator: torch.Generator             the environment's own random stream (a CUDA graph has to know it)
-    #   state_dict() / load_state_dict(d)      full simulation state, so that a resumed run continues where it stopped; where
-    #                                          it is not all, and episodes start afresh, load_state_dict returns False
-    #   render() -> (H, W, 3) uint8 array      a picture of environment 0
+    #   state_dict() / load_state_dict(d)      full simulation state, in tensors, numbers, strings, lists and dicts, so that a
+    #                                          resumed run continues where it stopped; where it is not all, and episodes start
+    #                                          afresh, load_state_dict returns False
+    #   render() -> (H, W, 3) uint8 array      a picture of environment 0, or None
     #   tracking() -> {name: (N, 2) tensor}    commanded and actual value of each tracked quantity, for `--play`
     #   symmetry(env, obs, actions)            mirror function for ppo_symmetry.py
     #   mirror_state()                         mirrors the whole simulation in place, to check that function: ppo_symmetry.py

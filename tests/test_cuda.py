@@ -56,7 +56,7 @@ def test_nothing_waits(script, env_id, settings, monkeypatch):
         return tuple(around(f, lambda: debug("error"), lambda: debug("default")) for f in capture(*args))
 
     monkeypatch.setattr(module, "capture", watched)
-    assert len(train(script, env_id, settings)) == 5
+    assert len(train(script, env_id, settings, cuda_graphs=False)) == 5  # recording a graph itself may wait
 
 
 @pytest.mark.parametrize("part", ["collect", "update"])
@@ -81,7 +81,8 @@ def test_one_graph_launch(part, monkeypatch):
 
     monkeypatch.setattr(module, "capture", watched)
     train("ppo_continuous", "quadruped", {})
-    assert launches[0][1] > 100 and launches[-1] == (1, 0), launches
+    # A graph that draws also sets the seed and the offset of each of its two random streams.
+    assert launches[0][1] > 100 and launches[-1] in ([(1, 4)] if part == "collect" else [(1, 0)]), launches
 
 
 def test_a_nan_leaves_the_weights(monkeypatch):

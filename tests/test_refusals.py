@@ -18,6 +18,10 @@ REFUSED = [
     (dict(num_mini_batches=400), "--num-mini-batches 400"),
     (dict(num_envs=0), "--num-envs 0: must be greater than 0"),
     (dict(num_learning_epochs=0), "--num-learning-epochs 0"),
+    (dict(clip_actions=-1.0), "--clip-actions -1.0: must be greater than 0"),
+    (dict(run_name="a/b"), "--run-name a/b"),
+    (dict(log_root="/dev/null"), "--log-root /dev/null: /dev/null is no folder that can be written to"),
+    (dict(log_root="/dev/null/runs"), "--log-root /dev/null/runs: /dev/null is no folder"),
     (dict(gamma=1.5), "--gamma 1.5: must lie between 0 and 1"),
     (dict(lam=-0.1), "--lam -0.1"),
     (dict(learning_rate=0.0), "--learning-rate 0.0"),
@@ -120,6 +124,16 @@ def test_bad_checkpoints(content, message):
     with pytest.raises(module.UserError) as error:
         module.train(module.Args(**(TINY | dict(resume=True, checkpoint=str(path), max_iterations=9))), make("cartpole", 16))
     assert f"--checkpoint {path}" in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("setting", [dict(activation="relu"), dict(std_type="log"), dict(distribution="beta")], ids=str)
+def test_a_checkpoint_of_other_settings(setting):
+    """Some of which change no shape: it would load, and mean something else."""
+    trained = TINY | dict(log_root="logs", logger="none", distribution="heteroscedastic")
+    module.train(module.Args(**trained))
+    for resume in (False, True):
+        with pytest.raises(module.UserError, match=f"--{next(iter(setting))}.* was trained with".replace("_", "-")):
+            module.train(module.Args(**(trained | setting | dict(resume=resume, checkpoint="model_0.pt", max_iterations=2))))
 
 
 @pytest.mark.parametrize("flags", [dict(load_run="*"), dict(checkpoint="model_(.pt")], ids=["run", "checkpoint"])

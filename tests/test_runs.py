@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -343,6 +344,110 @@ def test_an_environment_that_cannot_draw_is_trained_and_played():
     policy = module.load_policy(only_run() / "model_0.pt")
     obs = toy.Toy(8).get_observations()
     assert torch.equal(policy(obs), policy({group: x.double() for group, x in obs.items()}))
+
+
+class Drawn(toy.Toy):
+    """It draws on a screen of its own; its configuration is a class, and has a lock inside."""
+
+    cfg = {"class": toy.Toy, "lock": threading.Lock(), "dataclass": module.Args}
+
+    def render(self):
+        return None
+
+
+def test_an_environment_that_draws_elsewhere_and_has_an_odd_configuration():
+    module.train(args_of(max_iterations=1), Drawn(8))
+    module.play(args_of(agent="zero"), Drawn(8))
+    assert "lock" in (only_run() / "env.yaml").read_text()
+
+
+class Delayed(toy.Toy):
+    """Its motors are late by more steps than a rollout has: it keeps the actions that it gets, and may write to them."""
+
+    spoils, delay = False, 30
+
+    def step(self, actions):
+        if not hasattr(self, "kept"):
+            self.kept, self.copies, self.wrong = [], [], 0
+        self.kept.append(actions)
+        self.copies.append(actions.clone())
+        late = self.copies[-self.delay] if len(self.copies) > self.delay else torch.zeros_like(actions)
+        self.wrong += len(self.kept) > self.delay and not torch.equal(self.kept[-self.delay], late)
+        result = super().step(late)
+        if self.spoils:
+            actions.zero_()
+        return result
+
+
+class Spoiling(Delayed):
+    spoils = True
+
+
+def test_actions_belong_to_the_environment():
+    histories = []
+    for kind in (Delayed, Spoiling):
+        env = kind(8)
+        histories.append(module.train(args_of(max_iterations=4, num_steps_per_env=8, log_root=""), env))
+        assert kind.spoils or not env.wrong
+    assert numbers(histories[0]) == numbers(histories[1])
+
+
+class Sparse(toy.Toy):
+    """Logs of those that were reset alone, as environments for rsl_rl do: often none; and a plain number now and then."""
+
+    def step(self, actions):
+        obs, rewards, dones, extras = super().step(actions)
+        self.ended = getattr(self, "ended", [])
+        self.ended.append(torch.rand(int(dones.sum())))
+        extras["log"] = {"ended": self.ended[-1]} | ({"level": 2.0} if self.steps % 2 else {"level": torch.tensor([4.0, 6.0])})
+        return obs, rewards, dones, extras
+
+
+def test_a_log_is_averaged_over_all_its_entries():
+    """As rsl_rl does; where a step has none it does not count."""
+    env = Sparse(8)
+    history = module.train(args_of(max_iterations=3, num_steps_per_env=20, log_root=""), env)
+    for iteration, metrics in enumerate(history):
+        entries = torch.cat(env.ended[20 * iteration : 20 * (iteration + 1)])
+        assert len(entries) == 8 and metrics["Episode/ended"] == pytest.approx(entries.mean().item())
+        assert metrics["Episode/level"] == pytest.approx((10 * 2.0 + 10 * 4.0 + 10 * 6.0) / 30)
+
+
+def test_settings_of_a_run_can_be_read_back():
+    module.train(args_of(max_iterations=1, actor_obs=("policy",)), make("cartpole", 16))
+    settings = yaml.safe_load((only_run() / "args.yaml").read_text())
+    assert isinstance(settings["actor_obs"], list)
+    assert module.Args(**settings) == args_of(max_iterations=1, actor_obs=("policy",))
+    module.train(module.Args(**settings | {"log_root": ""}), make("cartpole", 16))
+
+
+class Numpy(toy.Toy):
+    def state_dict(self):
+        return {"x": self.x.numpy()}
+
+    def load_state_dict(self, state):
+        self.x = torch.as_tensor(state["x"])
+
+
+def test_what_no_checkpoint_can_hold_is_refused():
+    """It could be saved but not read again: found out before the training, not when it is to be resumed."""
+    with pytest.raises(module.UserError, match=r"^Args: no checkpoint can hold pathlib\S+; use "):
+        module.train(args_of(log_root=pathlib.Path("logs")), toy.Toy(8))
+    with pytest.raises(module.UserError, match=r"^Args: no checkpoint can hold numpy\S+; use "):
+        module.train(args_of(learning_rate=np.float64(1e-3)), toy.Toy(8))
+    with pytest.raises(module.UserError, match=r"^env.state_dict\(\): no checkpoint can hold numpy\S+; use "):
+        module.train(args_of(), Numpy(8))
+    assert not pathlib.Path("logs").exists()
+
+
+def test_the_command_that_started_from_a_checkpoint_resumes_its_own_run(capsys):
+    module.train(args_of(experiment_name="first", max_iterations=3), make("cartpole", 16))
+    checkpoint = str(next(pathlib.Path("logs/first").rglob("model_2.pt")))
+    settings = dict(experiment_name="second", checkpoint=checkpoint)
+    assert len(module.train(args_of(**settings, max_iterations=2), make("cartpole", 16))) == 2
+    for iterations in (4, 6):  # killed, and killed again
+        assert len(module.train(args_of(**settings, max_iterations=iterations, resume=True), make("cartpole", 16))) == 2
+    assert "resuming logs/second" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["obs policy", "rewards", "bootstrap"])
