@@ -7,6 +7,7 @@ An error is a fault that spoils training or crashes it, a note is something to k
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ def examine(env) -> Report:
         if _check_attributes(env, report) and _check_reading(env, report):
             _check_stepping(env, report)
             _check_time_limit(env, report)
+            _check_state(env, report)
     except _Stop:
         pass
     return report
@@ -169,6 +171,20 @@ def _check_time_limit(env, report: Report) -> None:
 
 
 # ---- One step, with everything that can be seen in it ----
+
+
+def _check_state(env, report: Report) -> None:
+    """A checkpoint is read with torch.load(weights_only=True), so that it cannot run code: what it holds must be plain."""
+    if not hasattr(env, "state_dict"):
+        return
+    report.error(not hasattr(env, "load_state_dict"), "state_dict() is there, load_state_dict() is missing")
+    state, buffer = _call(report, "state_dict()", env.state_dict), io.BytesIO()
+    try:
+        torch.save(state, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        report.error(True, f"state_dict() must hold tensors, numbers, strings, lists and dicts alone: {_line(error)[:150]}")
 
 
 def _step(env, report: Report):

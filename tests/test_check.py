@@ -258,6 +258,19 @@ def test_over_time(cls, phrase, kind):
     assert kind == "errors" or report.errors == [], "a note is not an error"
 
 
+def test_a_state_that_cannot_be_read_back():
+    class Stateful(Toy):
+        def state_dict(self):
+            return {"state": self.state}
+
+    assert check(Stateful()) == ["state_dict() is there, load_state_dict() is missing"]
+    Stateful.load_state_dict = lambda env, state: None
+    assert check(Stateful()) == []
+    Stateful.state_dict = lambda env: {"state": env.state.numpy()}
+    (error,) = check(Stateful())
+    assert error.startswith("state_dict() must hold tensors, numbers, strings, lists and dicts alone")
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
 def test_dones_of_every_kind_conform(dtype):
     class Kind(Toy):

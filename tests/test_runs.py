@@ -397,9 +397,12 @@ class Sparse(toy.Toy):
 
     def step(self, actions):
         obs, rewards, dones, extras = super().step(actions)
-        self.ended = getattr(self, "ended", [])
+        self.ended, self.buffer = getattr(self, "ended", []), getattr(self, "buffer", torch.zeros(8))
         self.ended.append(torch.rand(int(dones.sum())))
-        extras["log"] = {"ended": self.ended[-1]} | ({"level": 2.0} if self.steps % 2 else {"level": torch.tensor([4.0, 6.0])})
+        self.buffer.fill_(self.steps)  # the same memory every time
+        extras["log"] = {"ended": self.ended[-1], "steps": self.buffer} | (
+            {"level": 2.0} if self.steps % 2 else {"level": torch.tensor([4.0, 6.0])}
+        )
         return obs, rewards, dones, extras
 
 
@@ -411,6 +414,7 @@ def test_a_log_is_averaged_over_all_its_entries():
         entries = torch.cat(env.ended[20 * iteration : 20 * (iteration + 1)])
         assert len(entries) == 8 and metrics["Episode/ended"] == pytest.approx(entries.mean().item())
         assert metrics["Episode/level"] == pytest.approx((10 * 2.0 + 10 * 4.0 + 10 * 6.0) / 30)
+        assert metrics["Episode/steps"] == 20 * iteration + 10.5
 
 
 def test_settings_of_a_run_can_be_read_back():
