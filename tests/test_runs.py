@@ -400,9 +400,8 @@ class Sparse(toy.Toy):
         self.ended, self.buffer = getattr(self, "ended", []), getattr(self, "buffer", torch.zeros(8))
         self.ended.append(torch.rand(int(dones.sum())))
         self.buffer.fill_(self.steps)  # the same memory every time
-        extras["log"] = {"ended": self.ended[-1], "steps": self.buffer} | (
-            {"level": 2.0} if self.steps % 2 else {"level": torch.tensor([4.0, 6.0])}
-        )
+        level = 2.0 if self.steps % 2 else torch.tensor([4.0, 6.0])
+        extras["log"] = {"ended": self.ended[-1], "steps": self.buffer, "level": level}
         return obs, rewards, dones, extras
 
 
