@@ -8,7 +8,8 @@ Recurrent PPO as rsl_rl 5.5.1 trains it (arXiv:2509.10771): normaliser -> RNN ->
 time over the rollout (Werbos 1990), from the state stored at its start and cut where episodes end; mini-batches are
 whole environments. LSTM: Hochreiter & Schmidhuber 1997. GRU: Cho et al. 2014, arXiv:1406.1078. Where rsl_rl splits the
 rollout at episode ends and pads the pieces, the (T, N) block is unrolled here with the state zeroed after every done: the
-same mathematics (tests/test_rnn.py) in static shapes, and a mini-batch of one environment works.
+same mathematics (tests/test_rnn.py) in static shapes, and a mini-batch of one environment works. On CUDA torch warns that the
+RNN's weights are no single chunk of memory: they lie in the optimizer's vector, and are copied for cuDNN at every step.
 
 Shapes: T steps per rollout, N environments, B environments in a mini-batch, O observation size, A actions, L layers and
 H size of the RNN, S size of the state, all that an RNN remembers: L H (GRU) or 2 L H (LSTM).
