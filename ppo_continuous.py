@@ -1064,7 +1064,7 @@ def find_checkpoint(args: Args) -> pathlib.Path:
     folder = experiment_dir(args)
     # The command that has started a run from a checkpoint, repeated with --resume, continues that run.
     runs = [yaml.safe_load(file.read_text()) for file in folder.glob("*/args.yaml")] if args.resume else []
-    started = any(run["checkpoint"] == args.checkpoint and not run["resume"] for run in runs)
+    started = any(run and run["checkpoint"] == args.checkpoint and not run["resume"] for run in runs)  # a killed one's is empty
     if pathlib.Path(args.checkpoint).is_file() and not started:
         return pathlib.Path(args.checkpoint)
     wanted = r"model_\d+\.pt" if started or not args.checkpoint else args.checkpoint
