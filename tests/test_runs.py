@@ -447,9 +447,10 @@ def test_the_command_that_started_from_a_checkpoint_resumes_its_own_run(capsys):
     module.train(args_of(experiment_name="first", max_iterations=3), make("cartpole", 16))
     checkpoint = str(next(pathlib.Path("logs/first").rglob("model_2.pt")))
     settings = dict(experiment_name="second", checkpoint=checkpoint)
-    assert len(module.train(args_of(**settings, max_iterations=2), make("cartpole", 16))) == 2
-    pathlib.Path("logs/second/0").mkdir()
+    pathlib.Path("logs/second/0").mkdir(parents=True)
     pathlib.Path("logs/second/0/args.yaml").touch()  # of a run that was killed when it wrote this
+    assert module.find_checkpoint(args_of(**settings, resume=True)) == pathlib.Path(checkpoint)  # no run has started from it
+    assert len(module.train(args_of(**settings, max_iterations=2), make("cartpole", 16))) == 2
     for iterations in (4, 6):  # killed, and killed again
         assert len(module.train(args_of(**settings, max_iterations=iterations, resume=True), make("cartpole", 16))) == 2
     assert "resuming logs/second" in capsys.readouterr().out
