@@ -1005,13 +1005,11 @@ class CudaGraph:
         return self.result
 
     def rehearse(self):
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, contextlib.ExitStack() as stack:
             warnings.simplefilter("always")
+            stack.callback(torch.cuda.set_sync_debug_mode, "default")
             torch.cuda.set_sync_debug_mode("warn")
-            try:
-                result = self.fn(*self.args)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+            result = self.fn(*self.args)
         waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
         if waits:
             self.enabled = False
