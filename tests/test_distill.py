@@ -621,3 +621,15 @@ def test_two_ranks_equal_one_with_all_environments(rnn_type, tmp_path, no_export
 )
 def test_blocks_of_the_other_scripts_are_theirs(name, script):
     assert inspect.getsource(getattr(module, name)) == inspect.getsource(getattr(script, name))
+
+
+@pytest.mark.parametrize("rnn_type", ["lstm", "gru"])
+def test_a_memory_is_float32_where_the_rest_is_not(rnn_type):
+    """What autocast makes of an RNN on CUDA is float16, whatever it was asked for."""
+    obs = TensorDict({"policy": torch.randn(8, 5)}, [8])
+    student = module.make_student(obs, 2, module.Args(rnn_type=rnn_type, student_obs=("policy",)))
+    seen = []
+    student.rnn.rnn.register_forward_hook(lambda rnn, inputs, outputs: seen.append((inputs[0].dtype, outputs[0].dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        output, state = student(student.preprocess(obs), torch.zeros(8, student.state_size))
+    assert seen == [(torch.float32, torch.float32)] and state.dtype == torch.float32 and output.dtype == torch.bfloat16

@@ -589,3 +589,18 @@ print(before == state(), "envs" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]
+
+
+@pytest.mark.parametrize(
+    "name", ["ppo_continuous", "ppo_rnn", "ppo_cnn", "ppo_rnd", "ppo_symmetry", "ppo_multigpu", "distill_dagger"]
+)
+def test_the_asked_precision_reaches_cudnn(name):
+    """Whose flag for convolutions and RNNs is its own, and on by default: a policy would act in TF32 and learn in float32."""
+    script, before = __import__(name), (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    try:
+        for precision, allowed in (("highest", False), ("high", True), ("highest", False)):
+            script.set_up_torch(script.Args(device="cpu", num_threads=1, float32_matmul_precision=precision))
+            assert torch.backends.cudnn.allow_tf32 == allowed
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
