@@ -1,49 +1,36 @@
 """PPO on several GPUs, of one machine or of many: one process for each, the same learning in all of them.
 
-    torchrun --nproc-per-node 8 ppo_multigpu.py --num-envs 4096     # 8 x 4096 environments
-    python ppo_multigpu.py                                          # without torchrun: a world of one rank
+    pip install torch tensordict tyro tensorboard                # to export: onnx onnxscript; to film: pillow
+    torchrun --nproc-per-node 8 ppo_multigpu.py --num-envs 4096  # 8 x 4096 environments
+    python ppo_multigpu.py                                       # a world of one rank
 
-Implements synchronous data-parallel PPO as rsl_rl does (Schwarke et al. 2025, arXiv:2509.10771; Rudin et al. 2022,
-arXiv:2109.11978): every rank steps its own environments, gradients are averaged, so that weights and learning rate stay
-equal, bit for bit. NCCL between GPUs, gloo between CPUs. Equals rsl_rl 5.5.1's multi-GPU path (tests/test_multigpu.py).
+Synchronous data-parallel PPO as rsl_rl has it (Schwarke et al. 2025, arXiv:2509.10771; Rudin et al. 2022,
+arXiv:2109.11978): every rank steps its own environments and gradients are averaged, so that weights and
+learning rate stay equal, bit for bit. NCCL between GPUs, gloo between CPUs.
 
-Shapes: T steps per rollout, N environments of this rank, B samples in a mini-batch, O observation size, A actions,
-W ranks.
+Shapes: as in ppo_continuous.py, N environments of this rank.
+
+Metrics: as in ppo_continuous.py, means over the ranks.
 
 Differs from ppo_continuous.py:
 - Args: rank_timeout, normalize_advantage_over_ranks
-- EmpiricalNormalization: moments of all ranks' observations
-- compute_gae: advantages may be normalised over all ranks
-- average: new; mean of a tensor over the ranks
-- backward: averages all gradients, and the KL divergence, over the ranks in one collective
-- describe_nan: names the rank in which it began; that rank dumps its rollout
-- fetch: means of all ranks' metrics
-- summarize: steps per second of all ranks
-- log_iteration: steps of all ranks
-- save_checkpoint: rank 0 writes, with the random streams and environments of all ranks
-- load_resume_state: every rank takes its own, where their number is the same
-- gather: new; the values of all ranks
-- synchronize: new; refuses unequal ranks, then makes weights and normalisers equal
-- distributed: new; joins torchrun's ranks, resumes after its restarts, names the rank through which all have failed
-- train: is `distributed`; rank 0 makes the run's folder and exports; stops where any rank was told to
-- main: rank 0 alone prints; a lost rank is a one-line error
+- average, gather: new; mean and values over the ranks
+- EmpiricalNormalization, compute_gae, backward, adapt_learning_rate: average over the ranks
+- on_all_ranks, same_for_all, average_metrics: new
+- train: every rank has a seed and a folder of its own; rank 0 alone prints, logs and exports
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import ctypes
-import dataclasses
-import datetime
-import importlib
+import functools
+import glob
 import inspect
-import io
-import json
 import logging
 import math
 import os
-import pathlib
+import pkgutil
+import pprint
 import re
 import shutil
 import signal
@@ -52,35 +39,35 @@ import sys
 import time
 import traceback
 import warnings
-import zlib
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from collections import Counter
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
-import yaml
-from PIL import Image
 from tensordict import TensorDict
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 if TYPE_CHECKING:
     from envs.vec_env import VecEnv
 
 
-class UserError(ValueError):
-    """Something the user can mend; its one-line message names the flag or field, the value and what would be right."""
+# ---- Settings ----------------------------------------------------------------------------------------------
 
 
-# ---- Config ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
+@dataclass(frozen=True)
 class Args:
-    """Names are rsl_rl's, defaults its PPO's and Isaac Lab's; built-in tasks bring tuned ones (`--help --env <id>` shows them)."""
+    """Names and defaults are rsl_rl's. Frozen: what changes while training is a tensor."""
 
     env: str = "quadruped"
-    """Built-in task, `simulator:task`, or `package.module:factory` for a function that returns your environment."""
+    """Built-in task, `simulator:task`, or `package.module:factory` of your own."""
     env_defaults: bool = True
     """Start from the settings that the environment recommends, where it has any (command line only)."""
     num_envs: int = 4096
@@ -90,36 +77,32 @@ class Args:
     max_iterations: int = 1500
     """Iterations in total; a resumed run continues to this number."""
     init_at_random_ep_len: bool = True
-    """Start at random episode lengths, so that the environments do not all time out together."""
-    timeout_bootstrap: Literal["final_obs", "reference"] = "final_obs"
-    """At a time-out bootstrap from V(final_obs), where the environment gives it, or from V(s_t), as rsl_rl does."""
+    """Start at random episode lengths, so that not all environments time out together."""
+    timeout_bootstrap: Literal["final_obs", "value", "none"] = "final_obs"
+    """At a time-out bootstrap from V(final_obs), from V(s_t) as rsl_rl does, or not at all (a lesson)."""
     clip_actions: float | None = None
-    """Clamp the actions sent to the environment to +-this; not stored with the policy: give it again in --play."""
+    """Clamp the actions sent to the environment to +-this."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is a GPU."""
-    num_threads: int = 0
-    """CPU threads; 0 decides by the size of the networks, unless OMP_NUM_THREADS is set."""
-    rank_timeout: float = 45.0
-    """Seconds to wait for another rank before all stop; more, where environments take unequally long to build."""
     seed: int = 1
-    """Seed of the environment, the weights and the sampling."""
+    """Seed of environment, weights and sampling."""
 
     actor_obs: tuple[str, ...] = ()
-    """Observation groups of the actor; left out: `actor`, `policy` or `state`, whichever the environment has."""
+    """Observation groups of the actor; default: `actor`, `policy` or `state`."""
     critic_obs: tuple[str, ...] = ()
-    """Observation groups of the critic; left out: `critic`, or the actor's and `privileged` or `privileged_state`."""
+    """Observation groups of the critic; default: `critic`, or the actor's and `privileged`."""
     obs_normalization: bool = True
     """Normalise observations by their running mean and standard deviation."""
     actor_hidden_dims: tuple[int, ...] = (512, 256, 128)
     """Hidden layers of the actor."""
     critic_hidden_dims: tuple[int, ...] = (512, 256, 128)
     """Hidden layers of the critic."""
-    activation: Literal["elu", "relu", "selu", "gelu", "silu", "mish", "lrelu", "tanh", "softplus", "sigmoid"] = "elu"
-    """Activation of both networks."""
+    activation: str = "elu"
+    """Name of a torch.nn activation in any case: elu, relu, selu, tanh, gelu, silu, mish, leakyrelu."""
     distribution: Literal["gaussian", "heteroscedastic", "beta"] = "gaussian"
-    """Action distribution: Gaussian, Gaussian with a state-dependent standard deviation, or Beta (bounded actions)."""
+    """Of the actions: Gaussian; Gaussian whose standard deviation depends on the state; Beta, bounded."""
     std_type: Literal["scalar", "log"] = "scalar"
-    """The network's parameter is the standard deviation, or its logarithm."""
+    """What is learned is the standard deviation, or its logarithm."""
     init_std: float = 1.0
     """Initial standard deviation of the actions."""
     learn_std: bool = True
@@ -130,15 +113,15 @@ class Args:
     num_learning_epochs: int = 5
     """Passes over each rollout."""
     num_mini_batches: int = 4
-    """Mini-batches per pass; the last samples, where they do not fill one, are dropped."""
+    """Mini-batches per pass; samples that do not fill one are dropped."""
     gamma: float = 0.99
     """Discount per env step."""
     lam: float = 0.95
-    """lambda of the generalised advantage estimate."""
+    """lambda of the generalised advantage estimate: 0 trusts the critic, 1 the returns."""
     clip_param: float = 0.2
-    """epsilon of the clipped surrogate, and range of the value clipping."""
+    """epsilon of the clipped surrogate, and of the clipped value loss."""
     use_clipped_value_loss: bool = True
-    """Clip the value update to +-clip_param, in return units."""
+    """Clip the value loss where V has moved by more than clip_param, in return units."""
     value_loss_coef: float = 1.0
     """Weight of the value loss."""
     entropy_coef: float = 0.01
@@ -146,53 +129,49 @@ class Args:
     normalize_advantage_per_mini_batch: bool = False
     """Normalise advantages over each mini-batch instead of over the rollout."""
     normalize_advantage_over_ranks: bool = False
-    """Normalise advantages over the rollouts of all ranks instead of over each rank's own (unless over each mini-batch)."""
+    """Normalise advantages over the rollouts of all ranks instead of over this rank's."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Optimizer of actor and critic together."""
     learning_rate: float = 1e-3
-    """Learning rate; with the adaptive schedule the first one. A resumed run goes on with its own."""
+    """Learning rate; with the adaptive schedule the first one."""
     schedule: Literal["adaptive", "fixed"] = "adaptive"
-    """`adaptive` steers the learning rate so that the KL divergence of a mini-batch stays near desired_kl."""
+    """`adaptive` keeps the KL divergence of an update near desired_kl."""
     desired_kl: float = 0.01
     """KL divergence that the adaptive schedule aims at."""
     max_grad_norm: float = 1.0
-    """Gradient norm at which actor and critic are clipped, each for itself."""
+    """Gradient norm at which actor and critic are clipped, each on its own."""
 
     compile: bool = False
-    """Compile the gradient step with torch.compile, which takes ten seconds to a minute at first."""
+    """Compile the loss with torch.compile."""
     cuda_graphs: bool = True
-    """On CUDA: capture rollout and update as CUDA graphs."""
+    """On CUDA: replay the rollout (of a simulator: each policy step) and the update as CUDA graphs."""
+    rank_timeout: float = 45.0
+    """Seconds to wait for another rank before this one gives up."""
     mixed_precision: bool = False
     """Run the networks of the update in bfloat16; distributions and losses stay in float32."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """`high` lets CUDA multiply in TF32."""
 
     experiment_name: str = ""
-    """Folder of this experiment's runs; left out: script and environment."""
+    """Folder of this experiment's runs; default: script and environment."""
     run_name: str = ""
     """Suffix of the run's folder."""
     log_root: str = "logs"
-    """Where runs are written, `<log_root>/<experiment_name>/<time>_<run_name>`; empty: write nothing at all."""
+    """Where runs are written; empty: write nothing."""
     logger: str = "tensorboard"
-    """`tensorboard`, `wandb`, `none`, or `package.module:Writer` for an object with add_scalar(tag, value, step)."""
-    upload_model: bool = True
-    """Upload checkpoints to W&B as artifacts."""
+    """`tensorboard`, `wandb`, `none`, or `package.module:Writer`, made from the run's folder."""
     save_interval: int = 50
     """Iterations between checkpoints."""
     video_interval: int = 0
-    """Iterations between films of the current policy; 0: none."""
-
+    """Iterations between films of the policy; 0: none."""
     resume: bool = False
-    """Continue a run with its weights, optimizer, random streams and environment state."""
-    load_run: str = ".*"
-    """Which run to load: a regular expression of its folder's name; of several the newest."""
+    """Continue the newest run, or that of --checkpoint, exactly where it stopped."""
     checkpoint: str = ""
-    """Checkpoint to play, export, resume, or (without --resume) start a new run's actor from: a path, or a regular expression
-    of a file in the run; left out: the newest."""
+    """Checkpoint, path or glob, to play, export, resume or (without --resume) start from; else the newest."""
     wandb_run_path: str = ""
-    """Load the checkpoint from this W&B run, `entity/project/run`."""
+    """Take the checkpoint from this W&B run, `entity/project/run`."""
     play: bool = False
-    """Run a policy instead of training: print returns, write a film and a plot."""
+    """Run a policy instead of training: print returns, film it."""
     export: bool = False
     """Write a checkpoint's policy as ONNX and TorchScript instead of training."""
     agent: Literal["policy", "zero", "random"] = "policy"
@@ -200,1483 +179,1204 @@ class Args:
     play_envs: int = 16
     """Environments in --play; each runs one episode."""
     viewer: bool = False
-    """In --play: open the simulator's own viewer, where it has one."""
+    """In --play: open the simulator's own viewer."""
     terminations: bool = True
-    """In --play: let the environment end episodes early, where it can be told not to."""
+    """In --play: let the environment end episodes early."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, list):  # from YAML
-                setattr(self, name, tuple(value))
+            if name.endswith("_obs") and isinstance(value, str):  # "policy" means ("policy",)
+                object.__setattr__(self, name, (value,))
 
 
 def check_args(args: Args) -> None:
     """Refuse what cannot work, before any time is spent on it."""
-    for name, kind in get_type_hints(Args).items():
-        if get_origin(kind) is Literal and getattr(args, name) not in get_args(kind):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: choose from {', '.join(get_args(kind))}")
-    positive = ["num_envs", "num_steps_per_env", "max_iterations", "num_learning_epochs", "num_mini_batches", "save_interval"]
-    positive += ["init_std", "learning_rate", "desired_kl", "max_grad_norm", "clip_param", "play_envs"]
-    positive += ["clip_actions"] if args.clip_actions is not None else []
-    for name in positive:
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
+    check_settings(args)
     for name in ("gamma", "lam"):
         if not 0.0 <= getattr(args, name) <= 1.0:
-            raise UserError(f"--{name} {getattr(args, name)}: must lie between 0 and 1")
-    for name in ("actor_hidden_dims", "critic_hidden_dims"):
-        if not getattr(args, name) or min(getattr(args, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: name at least one layer, each of 1 or more")
+            raise wrong(args, name, "must lie between 0 and 1")
     if args.num_envs * args.num_steps_per_env < 2 * args.num_mini_batches:
-        samples = f"{args.num_envs} envs x {args.num_steps_per_env} steps"
-        raise UserError(f"--num-mini-batches {args.num_mini_batches}: {samples} give each fewer than 2 samples")
-    if args.action_range[0] >= args.action_range[1]:
-        raise UserError(f"--action-range {args.action_range}: the first number must be the smaller one")
+        raise wrong(args, "num_mini_batches", "leaves fewer than 2 samples for each")
     if args.distribution != "gaussian" and not args.learn_std:
-        raise UserError(f"--no-learn-std: only the gaussian distribution has a fixed std, not {args.distribution}")
-    if (args.play or args.export) and args.resume:
-        raise UserError("--resume: continues training; --play and --export take --load-run and --checkpoint without it")
-    if "/" in args.run_name:
-        raise UserError(f"--run-name {args.run_name}: is a part of one folder's name, so without /")
-    root = pathlib.Path(args.log_root).absolute()
-    there = next(folder for folder in (root, *root.parents) if folder.exists())
-    if args.log_root and not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"--log-root {args.log_root}: {there} is no folder that can be written to")
-    if args.video_interval and not args.log_root:
-        raise UserError("--video-interval: films go to the run's folder; set --log-root")
+        raise wrong(args, "learn_std", f"the std of the {args.distribution} distribution is always learned")
+    if args.action_range[0] >= args.action_range[1]:
+        raise wrong(args, "action_range", "the first number must be the smaller one")
 
 
-# ---- Networks -------------------------------------------------------------------------------------------------------
+# ---- Networks ----------------------------------------------------------------------------------------------
 
 
 class EmpiricalNormalization(nn.Module):
     """Normalise by the running mean and standard deviation of everything seen so far.
 
-    Buffer names are rsl_rl's; all updates are in place and stay on the device.
+    Observations come in metres, radians and newtons; without this the largest numbers would drown the rest.
     """
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("_mean", torch.zeros(1, *shape))
+        self.register_buffer("_mean", torch.zeros(1, *shape))  # rsl_rl: its names, so that checkpoints fit
         self.register_buffer("_var", torch.ones(1, *shape))
         self.register_buffer("_std", torch.ones(1, *shape))
         self.register_buffer("count", torch.tensor(0, dtype=torch.long))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x - self._mean) / (self._std + 1e-2)  # rsl_rl's epsilon: what hardly ever moves is not blown up
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self._mean) / (self._std + 1e-2)  # 1e-2: what hardly ever moves is not blown up
 
-    def update(self, x: torch.Tensor) -> None:
-        """Merge the moments of a batch x (B, O): Chan et al. 1983, parallel variance, in rsl_rl's order."""
-        count = torch.full_like(self.count, x.shape[0])  # a tensor: a Python number would round otherwise
-        var, mean = torch.var(x, dim=0, unbiased=False, keepdim=True), x.mean(dim=0, keepdim=True)  # (1, O)
-        count, local_mean, mean = count * dist.get_world_size(), mean, average(mean)  # every rank has as many samples
-        var = average(var + (local_mean - mean) ** 2)
+    def update(self, x: Tensor) -> None:
+        """Merge the moments of a batch x (B, O): Chan et al. 1983, in rsl_rl's order of operations."""
+        count = torch.full_like(self.count, len(x))
+        mean = x.mean(dim=0, keepdim=True)  # (1, O)
+        var = x.var(dim=0, unbiased=False, keepdim=True)
+        # Every rank has as many samples, so means of means are exact. The variance is around the common mean.
+        count, rank_mean, mean = count * dist.get_world_size(), mean, average(mean)
+        var = average(var + (rank_mean - mean) ** 2)
         self.count += count
         rate, delta = count / self.count, mean - self._mean
         self._mean += rate * delta
-        self._var += rate * (var - self._var + delta * (mean - self._mean))  # _mean is the merged one already
+        self._var += rate * (var - self._var + delta * (mean - self._mean))
         self._std.copy_(self._var.sqrt())
 
 
 class Gaussian(nn.Module):
-    """Diagonal Gaussian with one standard deviation per action; params = (mean, std), (..., A) each.
+    """What the actor's MLP puts out -> a normal distribution of the actions (..., A).
 
-    What a distribution has: `num_actions`, `num_outputs` (of the MLP), `init_bias`; `params(output)`, a tuple of tensors
-    (..., A, *), which the rollout keeps; of such params `sample` and `std`, (..., A), `log_prob(params, actions)`, `entropy`
-    and `kl(old, new)`, (...); and `deterministic(output)`, (..., A), the policy's action, which TorchScript compiles.
+    The MLP gives the mean (..., A). The standard deviation is a parameter, the same in every state, so that
+    exploration ends nowhere before it ends everywhere. Heteroscedastic: the MLP gives both, (..., 2 A).
     """
 
     def __init__(self, num_actions: int, args: Args):
         super().__init__()
-        self.num_actions, self.num_outputs, self.std_type = num_actions, num_actions, args.std_type
-        self.init_bias = 0.0  # of outputs beyond one per action, which it has not
+        self.num_actions, self.log = num_actions, args.std_type == "log"
+        self.heteroscedastic = args.distribution == "heteroscedastic"
+        self.num_outputs, self.init_bias = 2 * num_actions if self.heteroscedastic else num_actions, 0.0
         std = args.init_std * torch.ones(num_actions)
-        name, value = ("std_param", std) if args.std_type == "scalar" else ("log_std_param", std.log())
-        self.register_parameter(name, nn.Parameter(value, requires_grad=args.learn_std))
-
-    def mean_and_std_param(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (..., A) and standard deviation parameter, (A,) or (..., A)."""
-        return output, self.std_param if self.std_type == "scalar" else self.log_std_param
-
-    def params(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # A std clamped at 1e-6 has zero gradient for ever (as in rsl_rl); --std-type log does not get there.
-        mean, std = self.mean_and_std_param(output)
-        if self.std_type == "scalar":
-            std = std.clamp(1e-6, 1e6)
+        if self.heteroscedastic:  # the extra outputs start at init_std
+            self.init_bias = torch.tensor(args.init_std + 1e-7).log().item() if self.log else args.init_std
         else:
-            std = std.clamp(math.log(1e-6), math.log(1e6)).exp()
-        return mean, std.expand_as(mean)
+            name, value = ("log_std_param", std.log()) if self.log else ("std_param", std)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=args.learn_std))
 
-    @torch.jit.export
-    def deterministic(self, output: torch.Tensor) -> torch.Tensor:
-        return output
+    def forward(self, output: Tensor) -> Normal:
+        if self.heteroscedastic:
+            mean, std = output.chunk(2, -1)
+        else:
+            mean, std = output, self.log_std_param if self.log else self.std_param
+        # rsl_rl: a std that falls below 1e-6 has no gradient any more; --std-type log never gets there.
+        std = std.clamp(math.log(1e-6), math.log(1e6)).exp() if self.log else std.clamp(1e-6, 1e6)
+        return self.make(mean, std.expand_as(mean))
 
-    def std(self, params):
-        return params[1]
-
-    def sample(self, params):
-        mean, std = params
-        return torch.randn_like(mean) * std + mean  # torch.normal(mean, std) would read std on the host
-
-    def log_prob(self, params, actions):  # (..., A) -> (...)
-        # log N(a; mu, sigma) = -(a - mu)^2 / (2 sigma^2) - log sigma - log sqrt(2 pi), summed over the actions
-        mean, std = params
-        return (-((actions - mean) ** 2) / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi))).sum(-1)
-
-    def entropy(self, params):
-        # H = 1/2 + 1/2 log(2 pi) + log sigma
-        return (0.5 + 0.5 * math.log(2 * math.pi) + params[1].log()).sum(-1)
-
-    def kl(self, old, new):
-        # KL(old || new) = 1/2 (r + (mu_o - mu_n)^2 / sigma_n^2 - 1 - log r),  r = sigma_o^2 / sigma_n^2
-        ratio, shift = (old[1] / new[1]) ** 2, ((old[0] - new[0]) / new[1]) ** 2
-        return (0.5 * (ratio + shift - 1 - ratio.log())).sum(-1)
+    def make(self, loc: Tensor, scale: Tensor) -> Normal:
+        return Normal(loc, scale, validate_args=False)  # the check would wait for the device
 
 
-class HeteroscedasticGaussian(Gaussian):
-    """Gaussian whose standard deviation is a network output too: the MLP gives (..., 2 A)."""
+class ScaledBeta(torch.distributions.Beta):
+    """Beta distribution of x in (0, 1), and actions low + scale * x: they cannot leave their range."""
 
-    def __init__(self, num_actions: int, args: Args):
-        nn.Module.__init__(self)  # no parameter of its own
-        self.num_actions, self.num_outputs, self.std_type = num_actions, 2 * num_actions, args.std_type
-        # The logarithm by torch, which rounds as rsl_rl's.
-        self.init_bias = args.init_std if args.std_type == "scalar" else torch.tensor(args.init_std + 1e-7).log().item()
+    def __init__(self, concentration1, concentration0, low: float, scale: float):
+        super().__init__(concentration1, concentration0, validate_args=False)
+        self.low, self.scale = low, scale
 
-    def mean_and_std_param(self, output):
-        return output.chunk(2, -1)
+    def rsample(self):
+        return super().rsample() * self.scale + self.low
 
-    @torch.jit.export
-    def deterministic(self, output: torch.Tensor) -> torch.Tensor:
-        return output.chunk(2, -1)[0]
+    def log_prob(self, actions):
+        x = ((actions - self.low) / self.scale).clamp(1e-6, 1.0 - 1e-6)  # at 0 and 1 it would be infinite
+        return super().log_prob(x) - math.log(self.scale)
+
+    @property
+    def mean(self):
+        return super().mean * self.scale + self.low
+
+    @property
+    def stddev(self):
+        return super().stddev * self.scale
+
+    # rsl_rl: the entropy is that of x; that of the actions is larger by log(scale), a constant.
 
 
 class Beta(nn.Module):
-    """Beta distribution rescaled to action_range; params = (concentration,), (..., A, 2): alpha and beta, both > 1: one mode.
-
-    A Beta is the Dirichlet distribution of two components; kept as one tensor, its gradients add up in rsl_rl's order.
-    """
+    """What the actor's MLP puts out, (..., 2 A) -> a Beta distribution of the actions, in their range."""
 
     def __init__(self, num_actions: int, args: Args):
         super().__init__()
         self.num_actions, self.num_outputs, self.init_bias = num_actions, 2 * num_actions, 0.0
         self.low, self.scale = args.action_range[0], args.action_range[1] - args.action_range[0]
 
-    def params(self, output):
-        return (torch.stack([nn.functional.softplus(x) + 1.0 for x in output.chunk(2, -1)], -1),)
+    def forward(self, output: Tensor) -> ScaledBeta:
+        alpha, beta = (nn.functional.softplus(x) + 1.0 for x in output.chunk(2, -1))  # above 1: one peak
+        return self.make(alpha, beta)
 
-    @torch.jit.export
-    def deterministic(self, output: torch.Tensor) -> torch.Tensor:
-        alpha, beta = [nn.functional.softplus(x) + 1.0 for x in output.chunk(2, -1)]
-        return alpha / (alpha + beta) * self.scale + self.low
-
-    def dirichlet(self, params):
-        return torch.distributions.Dirichlet(params[0], validate_args=False)
-
-    def std(self, params):
-        # Var x = alpha beta / ((alpha + beta)^2 (alpha + beta + 1))
-        (alpha, beta), total = params[0].unbind(-1), params[0].sum(-1)
-        return (alpha * beta / (total**2 * (total + 1))).sqrt() * self.scale
-
-    def sample(self, params):
-        return self.dirichlet(params).sample()[..., 0] * self.scale + self.low
-
-    def log_prob(self, params, actions):
-        # y = low + scale x, hence log p(y) = log p(x) - log scale
-        x = ((actions - self.low) / self.scale).clamp(1e-6, 1.0 - 1e-6)
-        return (self.dirichlet(params).log_prob(torch.stack((x, 1.0 - x), -1)) - math.log(self.scale)).sum(-1)
-
-    def entropy(self, params):
-        # of x, not of y: rsl_rl leaves the constant log scale out here
-        return self.dirichlet(params).entropy().sum(-1)
-
-    def kl(self, old, new):
-        old, new = (torch.distributions.Beta(*params[0].unbind(-1), validate_args=False) for params in (old, new))
-        return torch.distributions.kl_divergence(old, new).sum(-1)
-
-
-class Model(nn.Module):
-    """Observation groups -> concatenate -> normalise -> MLP; the actor's output parametrises its distribution.
-
-    Args:
-        shapes: shape of one sample of each observation group that this model reads, in order.
-        hidden_dims: sizes of the hidden layers.
-        args: for the activation and the normalisation.
-        distribution: the actor's action distribution; None makes a critic with one output.
-    """
-
-    def __init__(self, shapes: dict, hidden_dims, args: Args, distribution: nn.Module | None = None):
-        super().__init__()
-        self.shapes = shapes
-        size = sum(shape[0] for shape in shapes.values())  # O
-        self.obs_normalizer = EmpiricalNormalization(size) if args.obs_normalization else nn.Identity()
-        self.distribution = distribution
-        self.mlp = make_mlp(size, distribution.num_outputs if distribution else 1, hidden_dims, args.activation)
-        if distribution:
-            # The outputs beyond one per action, where it has any (std, beta), start as a constant, as in rsl_rl.
-            nn.init.zeros_(self.mlp[-1].weight[distribution.num_actions :])
-            nn.init.constant_(self.mlp[-1].bias[distribution.num_actions :], distribution.init_bias)
-
-    def concatenate(self, obs: TensorDict) -> torch.Tensor:
-        return torch.cat([obs[group] for group in self.shapes], dim=-1)  # (..., O)
-
-    def preprocess(self, obs: TensorDict):
-        """What `forward` reads. A step of its own, so that the update does it once for all its epochs."""
-        return self.obs_normalizer(self.concatenate(obs))  # (..., O)
-
-    def forward(self, x) -> torch.Tensor:
-        return self.mlp(x)
-
-    def update_normalization(self, obs: TensorDict) -> None:
-        """Learn the moments of a whole rollout of observations, (T, N, ...) each."""
-        if isinstance(self.obs_normalizer, EmpiricalNormalization):
-            self.obs_normalizer.update(self.concatenate(obs).flatten(0, 1))
+    def make(self, concentration1, concentration0) -> ScaledBeta:
+        return ScaledBeta(concentration1, concentration0, self.low, self.scale)
 
 
 def make_mlp(num_inputs: int, num_outputs: int, hidden_dims, activation: str) -> nn.Sequential:
-    """Linear layers with an activation between, in torch's default initialisation; layer names are rsl_rl's."""
-    sizes = [num_inputs, *hidden_dims]
-    layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), make_activation(activation))]
+    sizes, layers = [num_inputs, *hidden_dims], []
+    for pair in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(*pair), by_name(nn, activation, "--activation")()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], num_outputs))
 
 
-def make_activation(name: str) -> nn.Module:
-    classes = dict(elu=nn.ELU, relu=nn.ReLU, selu=nn.SELU, gelu=nn.GELU, silu=nn.SiLU, mish=nn.Mish, lrelu=nn.LeakyReLU)
-    classes |= dict(tanh=nn.Tanh, softplus=nn.Softplus, sigmoid=nn.Sigmoid)
-    return classes[name]()
+class Model(nn.Module):
+    """Observation groups -> normalise -> MLP. With a distribution it is an actor, else a critic."""
+
+    def __init__(self, obs: TensorDict, groups, hidden_dims, args: Args, distribution=None):
+        super().__init__()
+        self.groups, self.example = groups, obs.select(*groups)[:1]  # of one environment
+        size = sum(obs[group].shape[-1] for group in groups)  # O
+        self.obs_normalizer = EmpiricalNormalization(size) if args.obs_normalization else nn.Identity()
+        self.distribution = distribution
+        num_outputs = distribution.num_outputs if distribution else 1
+        self.mlp = make_mlp(size, num_outputs, hidden_dims, args.activation)
+        if distribution:  # outputs beyond one per action, where there are any, start as a constant
+            nn.init.zeros_(self.mlp[-1].weight[distribution.num_actions :])
+            nn.init.constant_(self.mlp[-1].bias[distribution.num_actions :], distribution.init_bias)
+
+    def inputs(self, obs: TensorDict) -> dict[str, Tensor]:
+        """What the network reads, by the names that an exported policy gives it."""
+        return {"obs": torch.cat([obs[group] for group in self.groups], dim=-1)}  # (..., O)
+
+    def network(self, obs: Tensor) -> Tensor:
+        return self.mlp(self.obs_normalizer(obs))
+
+    def forward(self, obs: TensorDict) -> Tensor:
+        return self.network(*self.inputs(obs).values())
+
+    def update_normalization(self, obs: TensorDict) -> None:
+        if isinstance(self.obs_normalizer, EmpiricalNormalization):
+            self.obs_normalizer.update(self.inputs(obs)["obs"].flatten(0, -2))
+
+    def initial_memory(self, batch_size: int) -> Tensor:
+        """What the network remembers when an episode starts: it has no memory."""
+        return torch.zeros(0, 0, batch_size, 0)
+
+    def deploy(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The policy as exported: inputs, then memory -> mean actions, then next memory."""
+        return (self.distribution(self.network(*inputs)).mean,)
 
 
-def make_distribution(num_actions: int, args: Args) -> nn.Module:
-    classes = {"gaussian": Gaussian, "heteroscedastic": HeteroscedasticGaussian, "beta": Beta}
-    return classes[args.distribution](num_actions, args)
+def choose_groups(obs: TensorDict, args: Args) -> Args:
+    """Observation groups by convention where none are named; refuse what the environment does not have."""
+    dims = (1,)  # vectors
+
+    def first(*names: str) -> tuple[str, ...]:
+        return tuple(name for name in names if name in obs.keys())[:1]
+
+    actor_obs = args.actor_obs or first("actor", "policy", "state")
+    # The critic is not needed on the robot, so it may see what only a simulator knows: arXiv:1710.06542.
+    critic_obs = args.critic_obs or first("critic") or actor_obs + first("privileged", "privileged_state")
+    args = replace(args, actor_obs=actor_obs, critic_obs=critic_obs)
+    check_groups(obs, args, dims)
+    return args
 
 
-def make_actor(shapes: dict[str, tuple[int, ...]], num_actions: int, args: Args) -> Model:
-    return Model(shapes, args.actor_hidden_dims, args, make_distribution(num_actions, args))
+def make_actor(obs: TensorDict, num_actions: int, args: Args) -> Model:
+    distribution = (Beta if args.distribution == "beta" else Gaussian)(num_actions, args)
+    return Model(obs, args.actor_obs, args.actor_hidden_dims, args, distribution).to(obs.device)
 
 
-def make_models(obs: TensorDict, num_actions: int, args: Args) -> tuple[Model, Model]:
-    """Actor, then critic: the order in which rsl_rl draws their initial weights."""
-    shapes = {name: {g: tuple(obs[g].shape[1:]) for g in groups} for name, groups in resolve_groups(obs, args).items()}
-    actor = make_actor(shapes["actor"], num_actions, args)
-    critic = Model(shapes["critic"], args.critic_hidden_dims, args)
-    return actor.to(obs.device), critic.to(obs.device)
+def make_agent(env: VecEnv, obs: TensorDict, args: Args) -> SimpleNamespace:
+    """All that learns. The attributes that have a state are, in order, the parts of a checkpoint."""
+    actor = make_actor(obs, env.num_actions, args)  # before the critic: rsl_rl draws its weights first
+    critic = Model(obs, args.critic_obs, args.critic_hidden_dims, args).to(obs.device)
+    agent = SimpleNamespace(actor=actor, critic=critic)
+    parameters = [*actor.parameters(), *critic.parameters()]
+    agent.optimizer = make_optimizer(args.optimizer, parameters, args.learning_rate, args.device)
+    return agent
 
 
-def resolve_groups(obs: TensorDict, args: Args) -> dict[str, tuple[str, ...]]:
-    """Observation groups of each network: as asked for, or by convention; printed either way."""
-    actor = args.actor_obs or first_group(obs, "actor", "policy", "state")
-    critic = args.critic_obs or first_group(obs, "critic") or actor + first_group(obs, "privileged", "privileged_state")
-    available = ", ".join(f"{group} {tuple(x.shape[1:])}" for group, x in obs.items())
-    chosen = {"actor": actor, "critic": critic}
-    for name, groups in chosen.items():
-        missing = [group for group in groups if group not in obs.keys()]
-        if missing or not groups:
-            raise UserError(f"{' '.join([f'--{name}-obs', *missing])}: the environment has no such group; it has {available}")
-        for group in groups:
-            if obs[group].dim() != 2:
-                raise UserError(f"--{name}-obs {group}: must be vectors (O,), or images in ppo_cnn.py; there are {available}")
-        print(f"{name} observes {' + '.join(f'{group} {tuple(obs[group].shape[1:])}' for group in groups)}")
-    return chosen
+# ---- Rollout -----------------------------------------------------------------------------------------------
 
 
-def first_group(obs: TensorDict, *names: str) -> tuple[str, ...]:
-    return tuple(name for name in names if name in obs.keys())[:1]
+def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args: Args) -> TensorDict:
+    """Rows 0..T-1 hold a rollout, (T + 1, N, ...); row T all that the next one, or a resumed run, needs."""
+    shape = (args.num_steps_per_env + 1, args.num_envs)
 
+    def zeros(*size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(*shape, *size, dtype=dtype, device=obs.device)
 
-# ---- Rollout storage ------------------------------------------------------------------------------------------------
-
-
-def make_storage(obs: TensorDict, num_actions: int, actor: Model, args: Args) -> TensorDict:
-    """Rows 0..T-1 hold a rollout, all (T + 1, N, ...); row T only the observation and the value after its last step."""
-    rows, n, device = args.num_steps_per_env + 1, args.num_envs, obs.device
-
-    def zeros(*shape):
-        return torch.zeros(rows, n, *shape, device=device)
-
-    params = actor.distribution.params(zeros(actor.distribution.num_outputs))  # of zeros: only their shapes count
-    # Vectors become the networks' dtype here, whatever the environment returns; images are stored as they come.
-    groups = {g: x.to(torch.get_default_dtype()) if x.dim() == 2 else x for g, x in obs.items()}
+    policy = agent.actor.distribution(zeros(agent.actor.distribution.num_outputs))  # only shapes count
     return TensorDict(
-        obs=TensorDict(groups, batch_size=[n]).expand(rows, n).contiguous(),  # row T starts the first rollout
+        obs=obs.expand(*shape).contiguous(),
         actions=zeros(num_actions),
-        params={str(i): torch.zeros_like(x) for i, x in enumerate(params)},  # of the distribution that acted
+        policy={name: torch.zeros_like(x) for name, x in params_of(policy).items()},  # that acted
+        log_prob=zeros(),
         values=zeros(),
         rewards=zeros(),
         bootstrap=zeros(),  # value of what follows a time-out
-        dones=zeros().bool(),  # dones[t] follows actions[t]
-        batch_size=[rows, n],
-        device=device,
+        dones=zeros(dtype=torch.bool),  # dones[t] follows actions[t]
+        episode_return=zeros(),  # of the running episode, before actions[t]
+        episode_length=zeros(),
+        order=zeros(dtype=torch.long),  # in which the update reads the samples
+        batch_size=shape,
+        device=obs.device,
     )
 
 
-@torch.no_grad()
-def act(actor: Model, critic: Model, row: TensorDict) -> None:
-    """Sample an action for the observation in this row (N, ...) of the storage, and write down what PPO needs.
-
-    By copy_, always: the row is a view of the storage, and a CUDA graph knows its memory alone.
-    """
-    params = actor.distribution.params(actor(actor.preprocess(row["obs"])))
-    row["actions"].copy_(actor.distribution.sample(params))
-    for stored, param in zip(row["params"].values(), params):
-        stored.copy_(param)
-    row["values"].copy_(evaluate(critic, row["obs"]))
-
-
-def evaluate(critic: Model, obs: TensorDict) -> torch.Tensor:
-    return critic(critic.preprocess(obs)).squeeze(-1)  # (N,)
+def params_of(policy: torch.distributions.Distribution) -> dict[str, Tensor]:
+    """Mean and standard deviation, or what else torch makes the distribution from."""
+    return {name: getattr(policy, name) for name in policy.arg_constraints}
 
 
 @torch.no_grad()
-def collect(env: VecEnv, critic: Model, storage: TensorDict, episodes: TensorDict, act_rows, args: Args) -> dict:
-    """Fill the storage with T steps; return the finished episodes' totals and the means of the environment's log.
-
-    act_rows: for each of the T rows a function without arguments that runs `act` on it.
-    """
-    rows, logs = storage.unbind(0), {}
-    rows[0]["obs"].update_(rows[-1]["obs"])  # goes on where the last rollout has ended
-    for row, next_row, act_row in zip(rows, rows[1:], act_rows):
-        act_row()
-        # Stored unclamped: so the log-probability is that of what was drawn.
-        actions = row["actions"].clone()  # which the environment may keep, or write to
-        actions = actions if args.clip_actions is None else actions.clamp_(-args.clip_actions, args.clip_actions)
-        # Inference mode makes small operations cheaper, but what is made in it cannot be changed outside of it: so only for
-        # environments that keep their state in place.
-        with torch.inference_mode(is_capturable(env)):
-            obs, rewards, dones, extras = env.step(actions.to(env.device))
-        # Copied, since simulators reuse these buffers. After a done it is the next episode's first observation.
-        next_row["obs"].update_(obs.select(*next_row["obs"].keys()))
-        row["rewards"].copy_(rewards)
-        row["dones"].copy_(dones)
-        row["bootstrap"].copy_(bootstrap_value(critic, row, extras, args))
-        for key, value in (extras.get("episode") or extras.get("log") or {}).items():
-            value = value if torch.is_tensor(value) else torch.full((1,), float(value), device=row.device)
-            value = value.to(row.device, torch.get_default_dtype(), copy=True).flatten()  # none, one or (N,)
-            logs.setdefault(key if "/" in key else f"Episode/{key}", []).append(value)
-    rows[-1]["values"].copy_(evaluate(critic, rows[-1]["obs"]))
-    logs = {key: torch.cat(values).mean() for key, values in logs.items()}
-    return finish_episodes(episodes, {"reward": storage["rewards"][:-1]}, storage["dones"][:-1]) | logs
+def act(agent: SimpleNamespace, storage: TensorDict, t: int) -> None:
+    """Sample actions for the observations of row t, and store what PPO needs to know of them."""
+    row = storage[t].lock_()  # so that row["x"] = ..., which would not reach the storage, is an error
+    policy = agent.actor.distribution(agent.actor(row["obs"]))
+    actions = policy.rsample()  # (N, A); sample() would wait for the device
+    write(row, actions=actions, log_prob=policy.log_prob(actions).sum(-1))
+    write(row, values=agent.critic(row["obs"]).squeeze(-1))
+    write(row["policy"], **params_of(policy))
 
 
-def bootstrap_value(critic: Model, row: TensorDict, extras: dict, args: Args) -> torch.Tensor:
-    """Value of the state in which a time limit cut the episode; zero elsewhere, (N,).
+@torch.no_grad()
+def collect(env: VecEnv, agent: SimpleNamespace, storage: TensorDict, policy_step, args: Args) -> dict:
+    """Fill the storage with T steps of `policy_step`, which is `act`; return what there is to log."""
+    rows, logs = [row.lock_() for row in storage.unbind(0)], {}
+    rows[0].update_(rows[-1])  # go on where the last rollout ended
+    for t, (row, next_row) in enumerate(zip(rows, rows[1:])):
+        policy_step(agent, storage, t)
+        actions = row["actions"].clone()  # the environment may keep it or write to it
+        if args.clip_actions is not None:
+            # The stored action is not clamped, and log_prob is its own: clamping belongs to the environment.
+            actions.clamp_(-args.clip_actions, args.clip_actions)
+        obs, rewards, dones, extras = env.step(actions.to(env.device))
+        copy_groups(next_row["obs"], obs)  # after a done: the first of the next episode
+        write(row, rewards=rewards, dones=dones)
+        write(row, bootstrap=timeout_value(agent, row, next_row, extras, args))
+        goes_on = ~row["dones"]
+        write(next_row, episode_return=(row["episode_return"] + row["rewards"]) * goes_on)
+        write(next_row, episode_length=(row["episode_length"] + 1) * goes_on)
+        note_log(logs, extras, row["rewards"])
+    write(rows[-1], values=agent.critic(rows[-1]["obs"]).squeeze(-1))
+    metrics = {name: torch.cat(values).mean() for name, values in logs.items()}
+    return metrics | episode_metrics(storage[:-1])
 
-    The returned observation is already the next episode's. rsl_rl takes V(s_t) instead; V(final_obs) is the true value.
+
+def timeout_value(
+    agent: SimpleNamespace, row: TensorDict, next_row: TensorDict, extras: dict, args: Args
+) -> Tensor:
+    """Value (N,) of the state in which a time limit cut the episode; 0 elsewhere.
+
+    A time limit is no part of the task: the robot would have walked on and been paid for it. Without this the
+    same state is worth less late in an episode, and the critic cannot know why (arXiv:1712.00378).
     """
     values = row["values"]
-    if extras.get("time_outs") is None:
+    if extras.get("time_outs") is None or args.timeout_bootstrap == "none":
         return torch.zeros_like(values)
     if args.timeout_bootstrap == "final_obs" and extras.get("final_obs") is not None:
-        # Of all N, though few time out: asking which would wait for the device.
-        values = evaluate(critic, row["obs"].clone().update_(extras["final_obs"].select(*row["obs"].keys())))
-    # Not a product: rows without a time-out may hold anything.
+        # The critic's estimate at the true last state; of all N, though few time out: to ask which would wait
+        final_obs = next_row["obs"].clone()
+        copy_groups(final_obs, extras["final_obs"])
+        values = agent.critic(final_obs).squeeze(-1)
+    # rsl_rl: V(s_t), one step early, since the observation returned is already the next episode's.
+    # Not a product: rows without a time-out may hold anything, NaN too.
     return torch.where(extras["time_outs"].to(row.device).bool(), values, 0.0)
 
 
-def is_capturable(env: VecEnv) -> bool:
-    """Declared by the environment's own class: state that a subclass or a wrapper adds need not be kept in place."""
-    return vars(type(env)).get("capturable", False)
+def episode_metrics(rollout: TensorDict) -> dict[str, Tensor]:
+    """Means over ALL episodes that ended in this rollout (T, N); NaN where none did."""
+    ended, count = rollout["dones"], rollout["dones"].sum()
+    returns = (rollout["episode_return"] + rollout["rewards"]) * ended
+    lengths = (rollout["episode_length"] + 1) * ended
+    means = {"Train/mean_reward": returns.sum() / count, "Train/mean_episode_length": lengths.sum() / count}
+    return means | {"Train/num_episodes": count}
 
 
-def make_episodes(args: Args, device: torch.device) -> TensorDict:
-    """Return and length so far of every environment's running episode, (N,) each."""
-    totals = {name: torch.zeros(args.num_envs, device=device) for name in ("reward", "episode_length")}
-    return TensorDict(totals, batch_size=[args.num_envs])
-
-
-def finish_episodes(episodes: TensorDict, series: dict[str, torch.Tensor], dones: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Add a rollout's series, (T, N) each, to the running totals; return those of ALL episodes that ended in it, summed."""
-    series = series | {"episode_length": torch.ones_like(series["reward"])}
-    still_running = dones.flip(0).cumsum(0).flip(0) == 0  # (T, N): no done from here to the end of the rollout
-    finished = {"num_episodes": dones.sum()}
-    # No loop over steps, no read: what follows an environment's last done belongs to its running episode, the rest to others.
-    for name, total in episodes.items():
-        seen = total + series[name].sum(0)
-        total.copy_(torch.where(still_running[0], total, 0.0) + torch.where(still_running, series[name], 0.0).sum(0))
-        finished[name] = (seen - total).sum()
-    return finished
-
-
-# ---- Advantages -----------------------------------------------------------------------------------------------------
-
-
-def compute_gae(storage: TensorDict, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_gae(storage: TensorDict, args: Args) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimate: advantages and returns, (T, N) each."""
     values = storage["values"]
-    # A time-out is no end of the task: r_t + gamma V(s'_t), s'_t being the state in which it was cut (bootstrap_value).
     rewards = storage["rewards"][:-1] + args.gamma * storage["bootstrap"][:-1]
-    discount = args.gamma * ~storage["dones"][:-1]
-    # delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t), d_t: done              arXiv:1506.02438 eq. 10
+    discount = args.gamma * ~storage["dones"][:-1]  # nothing flows back from the next episode
+    # delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t); E[delta] = A            arXiv:1506.02438 eq. 10
     advantages = rewards + discount * values[1:] - values[:-1]
-    # A_t = delta_t + gamma lambda (1 - d_t) A_{t+1}, in place                    arXiv:1506.02438 eq. 16
-    decay = discount * args.lam
+    # A_t = delta_t + gamma lambda (1 - d_t) A_{t+1}, in place: the sum of eq. 16, from its end
+    decay = args.lam * discount
     for t in reversed(range(args.num_steps_per_env - 1)):
         advantages[t].add_(decay[t] * advantages[t + 1])
     returns = advantages + values[:-1]
-    advantages = returns - values[:-1]  # rounds as rsl_rl does
-    if args.normalize_advantage_over_ranks:
+    advantages = returns - values[:-1]  # rsl_rl: rounds like this
+    if args.normalize_advantage_over_ranks:  # by n, where the others divide by n - 1
         advantages = advantages - average(advantages.mean())
-        return advantages / (average((advantages**2).mean()).sqrt() + 1e-8), returns  # of all samples, by n and not n - 1
+        return advantages / (average((advantages**2).mean()).sqrt() + 1e-8), returns
     if not args.normalize_advantage_per_mini_batch:
+        # Then the size of a step depends neither on the rewards' scale nor on the critic's bias.
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     return advantages, returns
 
 
-# ---- Loss -----------------------------------------------------------------------------------------------------------
+# ---- Update ------------------------------------------------------------------------------------------------
 
 
-def ppo_loss(actor: Model, critic: Model, batch: TensorDict, args: Args) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The PPO loss of one mini-batch (B, ...), and what to log of it.
+def shuffle(storage: TensorDict, args: Args) -> None:
+    """Draw the order of the samples. Not in `update`: its graph would draw the same at each replay."""
+    size = args.num_envs * args.num_steps_per_env // args.num_mini_batches * args.num_mini_batches
+    torch.randperm(size, out=storage["order"].flatten()[:size])
 
-    It holds what the networks read (actor_input, critic_input), what the policy that acted did (actions, log_prob, params,
-    values), and advantages and returns.
-    """
+
+def make_batches(rollout: TensorDict, args: Args) -> list[TensorDict]:
+    """The rollout (T, N) in the order drawn, cut into mini-batches (B, ...)."""
+    size = args.num_envs * args.num_steps_per_env // args.num_mini_batches  # B
+    order = rollout["order"].flatten()[: size * args.num_mini_batches]
+    return list(rollout.flatten(0, 1)[order].split(size))
+
+
+def ppo_loss(agent: SimpleNamespace, batch: TensorDict, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """The PPO loss of one mini-batch (B, ...), and what to log of it."""
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.mixed_precision):
-        output, values = actor(batch["actor_input"]), critic(batch["critic_input"]).squeeze(-1)
-    params = actor.distribution.params(output.to(batch["returns"].dtype))
-    values = values.to(batch["returns"].dtype)
-    log_prob = actor.distribution.log_prob(params, batch["actions"])  # (B,)
-    entropy = actor.distribution.entropy(params).mean()
+        output, values = agent.actor(batch["obs"]), agent.critic(batch["obs"]).squeeze(-1)
+    policy = agent.actor.distribution(output.to(batch["actions"].dtype))
+    log_prob = policy.log_prob(batch["actions"]).sum(-1)  # (B,)
+    entropy = policy.entropy().sum(-1).mean()
 
     advantages = batch["advantages"]
     if args.normalize_advantage_per_mini_batch:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    # L^CLIP = E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)]                  arXiv:1707.06347 eq. 7
+    # L^CLIP = E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)]                   arXiv:1707.06347 eq. 7
+    # Past 1 +- eps nothing more is gained, so the policy has no reason to leave the data's neighbourhood.
     ratio = torch.exp(log_prob - batch["log_prob"])
-    clipped = ratio.detach().clamp(1.0 - args.clip_param, 1.0 + args.clip_param)
-    gain, clipped_gain = advantages * ratio, advantages * clipped
-    # Inside the range the two are equal, and `where` leaves all the gradient to the first. torch.min would halve it.
-    surrogate_loss = -torch.where(gain <= clipped_gain, gain, clipped_gain).mean()
-    # Value loss: the larger of the plain error and that of a prediction at most eps from the old one. No 1/2, as in rsl_rl.
-    value_error = (values - batch["returns"]) ** 2
+    clipped = ratio.clamp(1.0 - args.clip_param, 1.0 + args.clip_param)
+    surrogate_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
+    # The larger of two errors: of V, and of V held to eps from its old value. This limits what a sample can
+    # gain, not how far V moves. eps is in return units: with large returns nearly every sample is clipped.
+    value_error = (values - batch["returns"]) ** 2  # rsl_rl: no 1/2
     if args.use_clipped_value_loss:
         step = (values - batch["values"]).clamp(-args.clip_param, args.clip_param)
-        clipped_error = (batch["values"] + step - batch["returns"]) ** 2
-        value_error = torch.where(value_error >= clipped_error, value_error, clipped_error)
+        value_error = torch.max(value_error, (batch["values"] + step - batch["returns"]) ** 2)
     value_loss = value_error.mean()
 
+    # L = L^CLIP - c1 L^VF + c2 S, to be maximised: the signs turn here              arXiv:1707.06347 eq. 9
     loss = surrogate_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
     with torch.no_grad():
-        kl = actor.distribution.kl(tuple(batch["params"].values()), params).mean()  # KL(old || new), exact
+        old_policy = agent.actor.distribution.make(**batch["policy"])
+        kl = kl_divergence(old_policy, policy).sum(-1).mean()  # exact, of the policies before this step
         clip_fraction = (ratio != clipped).mean(dtype=loss.dtype)
-        mean_std = actor.distribution.std(params).mean()
     metrics = {"surrogate": surrogate_loss, "value": value_loss, "entropy": entropy, "kl": kl}
-    return loss, metrics | {"clip_fraction": clip_fraction, "mean_std": mean_std}
+    return loss, metrics | {"clip_fraction": clip_fraction, "mean_std": policy.stddev.mean()}
 
 
-# ---- Update ---------------------------------------------------------------------------------------------------------
-
-
-class FlatOptimizer:
-    """Adam, AdamW or SGD over one vector that holds all weights: a dozen kernels a step, however many layers there are.
-
-    The parameters become views of `weights`, their gradients views of `gradient`. Learning rate and step count are tensors
-    on the device, so that nothing waits and a CUDA graph sees them change: set the rate with `lr.fill_(x)`. `differentiate`
-    replaces zero_grad and backward: it overwrites `gradient`. On a CPU the steps equal torch.optim's to the bit, where every
-    parameter has a gradient. Change networks before it is made: what comes later is not trained (`check_agent` refuses it).
-
-    Args:
-        params: the parameters of all networks, in rsl_rl's order.
-        lr: the first learning rate.
-        kind: "adam", "adamw" or "sgd".
-    """
-
-    def __init__(self, params, lr: float, kind: str = "adam"):
-        self.kind = kind
-        self.params = list(dict.fromkeys(params))  # one that two networks share counts once
-        self.trained = [p for p in self.params if p.requires_grad]
-        self.sizes = [math.ceil(p.numel() / 16) * 16 for p in self.trained]  # matrix products want aligned memory
-        self.weights = self.trained[0].data.new_zeros(sum(self.sizes))
-        self.gradient = torch.zeros_like(self.weights)
-        for p, weights, gradient in zip(self.trained, self.split(self.weights), self.split(self.gradient)):
-            weights.copy_(p.data)
-            p.data, p.grad = weights, gradient
-        # float64 rounds as rsl_rl's Python float does; (1,), since on a CPU torch.compile loses what is written into a ().
-        self.lr = torch.tensor([lr], dtype=torch.float64, device=self.weights.device)
-        step, moment = torch.zeros((), device=self.weights.device), torch.zeros_like(self.weights)
-        self.state = {} if kind == "sgd" else {"step": step, "exp_avg": moment, "exp_avg_sq": moment.clone()}
-
-    def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """The part of each trained parameter, in its shape; a single number (Adam's step count) is everybody's."""
-        if not vector.dim():
-            return [vector] * len(self.trained)
-        return [part[: p.numel()].view_as(p) for part, p in zip(vector.split(self.sizes), self.trained)]
-
-    def differentiate(self, loss: torch.Tensor) -> None:
-        """Write the gradient of the loss into `gradient`."""
-        gradients = torch.autograd.grad(loss, self.trained, materialize_grads=True)
-        torch._foreach_copy_([p.grad for p in self.trained], gradients)
-
-    @torch.no_grad()
-    def step(self, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2) -> None:
-        lr = self.lr[0]
-        if self.kind == "sgd":  # theta -= lr g, rounded once, as torch's multiply-add does
-            self.weights.sub_(lr.to(self.weights.dtype).double() * self.gradient.double())
-            return
-        if self.kind == "adamw":
-            self.weights.mul_(1.0 - lr * weight_decay)
-        # theta -= lr m_hat / (sqrt(v_hat) + eps)                                 arXiv:1412.6980 algorithm 1
-        step, mean, square = self.state.values()
-        step = step.add_(1.0).double()
-        mean.lerp_(self.gradient, 1.0 - beta1)
-        square.mul_(beta2).addcmul_(self.gradient, self.gradient, value=1.0 - beta2)
-        denominator = (square.sqrt() / (1.0 - beta2**step).sqrt()).add_(eps)
-        self.weights.add_((mean * (-lr / (1.0 - beta1**step))).div_(denominator))
-
-    def state_dict(self) -> dict:
-        """That of torch's optimizer over the single parameters, which rsl_rl loads."""
-        optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-        optimizer = optimizers[self.kind](self.params, lr=float(self.lr))
-        for name, vector in self.state.items():
-            for p, part in zip(self.trained, self.split(vector)):
-                optimizer.state[p][name] = part.clone()
-        return optimizer.state_dict()
-
-    def load_state_dict(self, saved: dict) -> None:
-        """Copy such a state in place, so that a captured graph stays valid."""
-        group = saved["param_groups"][0]
-        if len(group["params"]) != len(self.params):
-            raise RuntimeError(f"{len(group['params'])} parameters, but {len(self.params)} here")
-        self.lr.fill_(group["lr"])
-        entries = [saved["state"].get(index, {}) for index, p in enumerate(self.params) if p.requires_grad]
-        for name, vector in self.state.items():
-            for part, entry in zip(self.split(vector), entries):
-                if name in entry:
-                    part.copy_(entry[name])
-
-
-def make_batches(actor: Model, critic: Model, storage: TensorDict, permutation: torch.Tensor, args: Args) -> list[TensorDict]:
-    """GAE, then the rollout shuffled and normalised once: as in rsl_rl, every epoch reads the same mini-batches (B, ...)."""
-    rollout = storage.select("obs", "actions", "params", "values")[:-1]
-    # Of the policy that acted, by what was stored of it: one call, not one in each step of the rollout.
-    rollout["log_prob"] = actor.distribution.log_prob(tuple(rollout["params"].values()), rollout["actions"])
-    rollout["advantages"], rollout["returns"] = compute_gae(storage, args)
-    batch = rollout.flatten(0, 1)[permutation]
-    batch["actor_input"], batch["critic_input"] = actor.preprocess(batch["obs"]), critic.preprocess(batch["obs"])
-    return list(batch.exclude("obs").chunk(args.num_mini_batches))
-
-
-def average(tensor: torch.Tensor) -> torch.Tensor:
+def average(x: Tensor):
     """Mean over the ranks: one collective, on the device."""
-    share = tensor / dist.get_world_size()
+    share = x / dist.get_world_size()
     dist.all_reduce(share)
     return share
 
 
-def mini_batch_step(actor: Model, critic: Model, optimizer, batch: TensorDict, args: Args) -> dict[str, torch.Tensor]:
-    """One gradient step of actor and critic together."""
-    loss, metrics = ppo_loss(actor, critic, batch, args)
-    backward(loss, optimizer, metrics)
-    if args.schedule == "adaptive":
-        adapt_learning_rate(optimizer, metrics["kl"], args)
-    metrics["actor_grad_norm"] = nn.utils.clip_grad_norm_(actor.parameters(), args.max_grad_norm)
-    metrics["critic_grad_norm"] = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
-    optimizer.step()
-    return {name: value.detach() for name, value in metrics.items()}
+def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    # Before the clipping, which is of the whole batch then. In one piece: one collective, not one a layer.
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    mean = average(nn.utils.parameters_to_vector(gradients))
+    nn.utils.vector_to_parameters(mean, gradients)
 
 
-def backward(loss: torch.Tensor, optimizer, metrics: dict[str, torch.Tensor]) -> None:
-    """Gradients of the loss. (ppo_multigpu.py averages them over the ranks here, and the KL in `metrics`.)"""
-    optimizer.differentiate(loss)
-    parts = [optimizer.gradient] + ([metrics["kl"].view(1)] if "kl" in metrics else [])
-    torch._foreach_copy_(parts, average(torch.cat(parts)).split([len(part) for part in parts]))  # one collective
+def adapt_learning_rate(lr: Tensor, kl: Tensor, args: Args) -> None:
+    """/ 1.5 (down to 1e-5) if the policy has moved too far, x 1.5 (up to 1e-2) if hardly; in place.
 
-
-def adapt_learning_rate(optimizer, kl: torch.Tensor, args: Args) -> None:
-    """Learning rate / 1.5 (at least 1e-5) if the policy, before this step, has moved too far; x 1.5 (at most 1e-2) if hardly,
-    but not at a KL of 0, where it has not moved yet. On the device, in place."""
-    lr = optimizer.lr
+    How far a step moves the policy depends on the task and on the standard deviation, so that no fixed rate
+    suits a whole training. A KL of 0 is that of the first mini-batch: no step has been made yet.
+    """
+    kl = average(kl)  # so that all ranks go on with the same rate
     slower, faster = (lr / 1.5).clamp(min=1e-5), (lr * 1.5).clamp(max=1e-2)
     faster = torch.where((kl < args.desired_kl / 2.0) & (kl > 0.0), faster, lr)
     lr.copy_(torch.where(kl > args.desired_kl * 2.0, slower, faster))
 
 
-def update(actor: Model, critic: Model, optimizer, storage: TensorDict, permutation: torch.Tensor, step_fn, args: Args) -> dict:
-    """All epochs over one rollout, in steps of `step_fn`, which is mini_batch_step, compiled or not.
-
-    Returns what to log, on the device: one number, or one for each mini-batch of each epoch.
-    """
-    batches = make_batches(actor, critic, storage, permutation, args)
-    steps = [step_fn(actor, critic, optimizer, batch, args) for batch in batches * args.num_learning_epochs]
-    metrics = {f"Loss/{name}": torch.stack([step[name] for step in steps]) for name in steps[0]}
-    metrics["Policy/mean_std"] = metrics.pop("Loss/mean_std")[-1]
-    metrics["Loss/learning_rate"] = optimizer.lr.clone()
-    # The moments are learned here, after the epochs, so that the update normalises as the rollout did.
-    actor.update_normalization(storage["obs"][:-1])
-    critic.update_normalization(storage["obs"][:-1])
-    returns, values = (torch.cat([batch[name] for batch in batches]) for name in ("returns", "values"))
-    metrics["Loss/explained_variance"] = 1.0 - (returns - values).var() / returns.var()
-    return metrics | finite_flags(storage, metrics)
+def mini_batch_step(agent: SimpleNamespace, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+    """One gradient step of actor and critic together."""
+    loss_fn = compiled(ppo_loss) if args.compile else ppo_loss
+    loss, metrics = loss_fn(agent, batch, args)
+    backward(loss, agent.optimizer)
+    if args.schedule == "adaptive":
+        adapt_learning_rate(agent.optimizer.param_groups[0]["lr"], metrics["kl"], args)
+    # Each on its own: a large error of the critic must not shrink the actor's step.
+    metrics["actor_grad_norm"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), args.max_grad_norm)
+    metrics["critic_grad_norm"] = nn.utils.clip_grad_norm_(agent.critic.parameters(), args.max_grad_norm)
+    agent.optimizer.step()
+    return {name: value.detach() for name, value in metrics.items()}
 
 
-class CudaGraph:
-    """`fn(*args)` as one CUDA graph launch; where not `enabled`, just the call.
-
-    Two ordinary calls come first (real iterations): one warms up, the other shows whether `fn` waits for the device, which
-    no graph can; if so it is never captured. If not, the third is recorded, and from then on every call replays the same
-    kernels on the same memory: `fn` may only touch tensors that stay where they are and are changed in place. Python numbers
-    (those of `args`, a counter) and branches freeze in the recording: what changes must be a tensor, like `optimizer.lr`.
-    What `fn` returns is overwritten by the next call.
-    """
-
-    def __init__(self, fn, *args, enabled: bool, generators=(), pool=None):
-        self.fn, self.args, self.enabled, self.generators, self.pool = fn, args, enabled, generators, pool
-        self.calls, self.graph, self.result = 0, None, None
-
-    def __call__(self):
-        self.calls += 1
-        if not self.enabled or self.calls == 1:
-            return self.fn(*self.args)
-        if self.calls == 2:
-            return self.rehearse()
-        if self.graph is None:
-            self.record()
-        self.graph.replay()
-        return self.result
-
-    def rehearse(self):
-        with warnings.catch_warnings(record=True) as caught, contextlib.ExitStack() as stack:
-            warnings.simplefilter("always")
-            stack.callback(torch.cuda.set_sync_debug_mode, "default")
-            torch.cuda.set_sync_debug_mode("warn")
-            result = self.fn(*self.args)
-        waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
-        if waits:
-            self.enabled = False
-            print(f"{self.fn.__name__} runs without a CUDA graph, since {waits[0]} waits for the device")
-        return result
-
-    def record(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            self.graph.register_generator_state(generator)
-        try:
-            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may use CUDA
-                self.result = self.fn(*self.args)
-        except RuntimeError as error:  # after which torch's allocator and stream are of no use any more
-            cause = str(error.__context__ or error).splitlines()[0]
-            raise UserError(f"--cuda-graphs: {self.fn.__name__} cannot be captured ({cause}); use --no-cuda-graphs") from error
+def update(agent: SimpleNamespace, storage: TensorDict, args: Args) -> dict[str, Tensor]:
+    """All epochs over one rollout. rsl_rl: every epoch reads the same mini-batches."""
+    rollout, steps = storage[:-1], []
+    rollout["advantages"], rollout["returns"] = compute_gae(storage, args)
+    batches = make_batches(rollout, args)
+    for _ in range(args.num_learning_epochs):
+        for batch in batches:
+            steps.append(mini_batch_step(agent, batch, args))
+    # The moments are learned after the epochs. Before them the update would read other numbers than the
+    # policy that acted, and the ratio would not start at 1.
+    agent.actor.update_normalization(rollout["obs"])
+    agent.critic.update_normalization(rollout["obs"])
+    losses = {name: torch.stack([step[name] for step in steps]).double() for name in steps[0]}
+    metrics = {"Policy/mean_std": losses.pop("mean_std")[-1]}
+    metrics |= {f"Loss/{name}": values.mean(0) for name, values in losses.items()}
+    unexplained = (rollout["returns"] - rollout["values"]).var() / rollout["returns"].var()
+    metrics["Loss/explained_variance"] = 1.0 - unexplained
+    metrics["Loss/learning_rate"] = agent.optimizer.param_groups[0]["lr"].clone()
+    return metrics | {"Loss/finite": all_finite(agent, storage, losses)}
 
 
-def capture(env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict, permutation: torch.Tensor, args: Args):
-    """`collect` and `update`, ready to be called again and again without arguments.
-
-    On CUDA the whole update is one graph, and so is the whole rollout where the environment declares itself `capturable`.
-    With any other environment every policy step is a graph of its own and env.step runs between them.
-    """
-    actor, critic, optimizer = agent["actor"], agent["critic"], agent["optimizer"]
-    graphs = args.cuda_graphs and storage.device.type == "cuda"
-    whole = graphs and is_capturable(env) and torch.device(env.device).type == "cuda"
-    each = dict(enabled=graphs and not whole, pool=torch.cuda.graph_pool_handle() if graphs else None)  # one memory for all
-    act_rows = [CudaGraph(act, actor, critic, row, **each) for row in storage.unbind(0)[:-1]]
-    generators = [env.generator] if hasattr(env, "generator") else []
-    run_collect = CudaGraph(collect, env, critic, storage, episodes, act_rows, args, enabled=whole, generators=generators)
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # loss, gradient and optimizer's step in one compiled graph
-    step_fn = torch.compile(mini_batch_step, dynamic=False) if args.compile else mini_batch_step
-    run_update = CudaGraph(update, actor, critic, optimizer, storage, permutation, step_fn, args, enabled=graphs)
-    return run_collect, run_update
+# ---- Train -------------------------------------------------------------------------------------------------
 
 
-# ---- NaN guard ------------------------------------------------------------------------------------------------------
+class History(list):
+    """The metrics of each iteration, {tag: number}; `agent` has been trained, `run_dir` keeps it."""
 
 
-def finite_flags(storage: TensorDict, metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One device flag for each thing that must be finite; the host reads them once per iteration, with the metrics."""
-    losses = torch.stack([metrics["Loss/surrogate"], metrics["Loss/value"]])
-    watched = storage.select("obs", "rewards", "bootstrap").flatten_keys(" ")
-    everything = {name: x for name, x in watched.items() if x.is_floating_point()} | {"loss": losses}
-    # The smallest and the largest number are finite where all are, and are found in a tenth of the time.
-    return {f"finite/{name}": torch.stack(x.aminmax()).isfinite().all() for name, x in everything.items()}
+def gather(value) -> list:
+    """The values of all ranks, on every rank, through the host."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Whether an update has left weights, statistics and optimizer state finite: a device flag too."""
-    numbers = [x for x in tensors if x.is_floating_point() and x.numel()]
-    return torch.stack(torch._foreach_norm(numbers, math.inf)).isfinite().all()
+def same_for_all(agent: SimpleNamespace, obs: TensorDict, args: Args):
+    """Refuse ranks that differ from rank 0; then start from its weights."""
+    facts = {"observations": {group: tuple(x.shape) for group, x in obs.items()}} | vars(args)
+    ranks = gather(
+        {k: x for k, x in facts.items() if k not in ("seed", "logger", "video_interval", "checkpoint")}
+    )
+    for rank, others in enumerate(ranks):
+        differing = [
+            f"{name} {x} (rank 0: {ranks[0][name]})" for name, x in others.items() if x != ranks[0][name]
+        ]
+        if differing:
+            raise UserError(f"rank {rank} differs from rank 0: it has {', '.join(differing)}")
+    for model in (part for part in vars(agent).values() if isinstance(part, nn.Module)):
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 
-def describe_nan(metrics: dict[str, float], iteration: int, storage: TensorDict, run_dir: pathlib.Path | None) -> str:
-    """Dump the rollout and say what was not finite first, where and when."""
-    message = "weights or statistics are not finite after the update" if metrics["finite/loss"] else "loss is not finite"
-    for name, x in storage.flatten_keys(" ").items():  # obs <group>, actions, ..., rewards, bootstrap
-        bad = ~x.isfinite().unsqueeze(-1).flatten(2).all(-1)  # (T + 1, N)
-        if bad.any():
-            step = int(bad.any(1).nonzero()[0])
-            name = name.replace("obs ", "observation group ")
-            message = f"non-finite {name} from step {step} on, in environments {bad[step].nonzero().flatten()[:8].tolist()}"
-            break
-    ranks = gather(message)
-    rank = min(range(len(ranks)), key=lambda r: (ranks[r] == "loss is not finite", metrics[f"finite/losses of rank {r}"]))
-    message = f"rank {rank}: {ranks[rank]}"
-    message = f"iteration {iteration}: {message}; weights, optimizer and normalisers are as they were before it"
-    if run_dir and rank == dist.get_rank():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        torch.save(storage.to_dict(), run_dir / f"nan_{iteration}.pt")
-        message += f"; the rollout is in {run_dir / f'nan_{iteration}.pt'}"
-    return message
-
-
-# ---- Logging, checkpoints, export -----------------------------------------------------------------------------------
-
-
-def fetch(metrics: dict) -> dict[str, float]:
-    """Bring an iteration's metrics to the host: its one device synchronisation. Values per mini-batch are averaged."""
-    metrics[f"finite/losses of rank {dist.get_rank()}"] = metrics["Loss/value"].isfinite().sum()  # NaN spreads to all ranks
-    tensors = {name: value.reshape(-1) for name, value in metrics.items() if torch.is_tensor(value)}
-    numbers = iter(torch.cat([value.double() for value in tensors.values()]).tolist())
-    means = {name: sum(next(numbers) for _ in range(len(value))) / len(value) for name, value in tensors.items()}
-    ranks, metrics = gather(metrics | means), {}
+def average_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Means over the ranks, by name: an episode, and what is logged of it, may end on one rank only."""
+    ranks, means = gather(metrics), {}
     for name in dict.fromkeys(name for rank in ranks for name in rank):
-        values = [rank[name] for rank in ranks if name in rank]
-        metrics[name] = min(values) if name.startswith("finite/") else sum(values) / (len(values) if "/" in name else 1)
-    return metrics
-
-
-def timestamp(device: torch.device):
-    """A point in time: on CUDA one between two kernels, since the host runs ahead of them."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds_between(start, end) -> float:
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
-
-
-def summarize(metrics: dict[str, float], times: list, args: Args) -> dict[str, float]:
-    """What is logged: episode totals become means (NaN where no episode ended), times become throughput."""
-    metrics = {name: value for name, value in metrics.items() if not name.startswith("finite/")}
-    episodes = metrics.pop("num_episodes")
-    for name in ("reward", "episode_length"):
-        metrics[f"Train/mean_{name}"] = metrics.pop(name) / (episodes or math.nan)
-    metrics["Train/num_episodes"] = episodes
-    metrics["Perf/collection_time"] = seconds_between(times[0], times[1])  # s
-    metrics["Perf/learning_time"] = seconds_between(times[1], times[2])  # s
-    metrics["Perf/total_fps"] = args.num_envs * args.num_steps_per_env / seconds_between(times[0], times[2])  # env steps / s
-    metrics["Perf/total_fps"] *= dist.get_world_size()
-    if torch.cuda.is_available():
-        metrics["Perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return metrics
-
-
-def log_iteration(metrics: dict[str, float], iteration: int, args: Args, writer=None) -> None:
-    """Everything to the writer, the essential in three lines to the console."""
-    for tag, value in metrics.items() if writer else ():
-        if not math.isnan(value):
-            writer.add_scalar(tag, value, iteration)
-    collection, learning, speed = (metrics[f"Perf/{name}"] for name in ("collection_time", "learning_time", "total_fps"))
-    steps = (iteration + 1) * args.num_envs * args.num_steps_per_env
-    steps *= dist.get_world_size()
-    eta = datetime.timedelta(seconds=round((args.max_iterations - iteration - 1) * (collection + learning)))
-    print(f"\niteration {iteration + 1}/{args.max_iterations}  {steps:,} steps  {speed:,.0f} steps/s", end="  ")
-    print(f"collect {collection:.3f} s  learn {learning:.3f} s  ETA {eta}")
-    for line in (("Train/", "Episode/", "Metrics/", "Curriculum/"), ("Loss/", "Policy/")):
-        tags = [tag for prefix in line for tag in metrics if tag.startswith(prefix)]
-        print("  " + "  ".join(f"{tag.split('/', 1)[1].removeprefix('mean_')} {metrics[tag]:.4g}" for tag in tags), flush=True)
-
-
-def experiment_dir(args: Args) -> pathlib.Path:
-    name = args.experiment_name or f"{pathlib.Path(__file__).stem}_{re.sub(r'[^A-Za-z0-9-]+', '_', args.env)}"
-    return pathlib.Path(args.log_root or "logs") / name
-
-
-def make_run_dir(args: Args, env: VecEnv) -> pathlib.Path | None:
-    """Create the run's folder with all that repeating it takes: arguments, environment, this script, the state of git."""
-    if not args.log_root:
-        return None
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-    run_dir = experiment_dir(args) / (f"{stamp}_{args.run_name}" if args.run_name else stamp)
-    run_dir.mkdir(parents=True)
-    (run_dir / "args.yaml").write_text(to_yaml(args))
-    (run_dir / "env.yaml").write_text(to_yaml(getattr(env, "cfg", None)))
-    shutil.copy(__file__, run_dir)
-    git = subprocess.run("git rev-parse HEAD && git diff HEAD", shell=True, cwd=pathlib.Path(__file__).resolve().parent,
-                         capture_output=True, text=True, errors="replace")  # fmt: skip
-    (run_dir / "git.diff").write_text(git.stdout)
-    return run_dir
-
-
-def to_yaml(value: Any) -> str:
-    def simple(x):
-        return x.to_dict() if hasattr(x, "to_dict") else dataclasses.asdict(x) if dataclasses.is_dataclass(x) else repr(x)
-
-    try:
-        value = json.loads(json.dumps(value, default=simple, skipkeys=True))
-    except Exception:  # an environment's cfg may be anything: a class, a cycle, something with a lock inside
-        value = repr(value)
-    return yaml.safe_dump(value, sort_keys=False)
-
-
-def make_writer(args: Args, env: VecEnv, run_dir: pathlib.Path | None):
-    """The logger's writer, or None. add_scalar is all that a writer of your own needs; it may have rsl_rl's other methods."""
-    if run_dir is None or args.logger == "none":
-        return None
-    if args.logger in ("tensorboard", "wandb"):
-        from torch.utils.tensorboard import SummaryWriter
-
-        if args.logger == "wandb":
-            import wandb
-
-            config = dataclasses.asdict(args)
-            wandb.init(project=experiment_dir(args).name, name=run_dir.name, dir=run_dir, config=config, sync_tensorboard=True)
-        return SummaryWriter(log_dir=str(run_dir))
-    writer_class = resolve(args.logger, "--logger")
-    options = {"log_dir": str(run_dir), "project_name": experiment_dir(args).name}
-    writer = writer_class(**{k: v for k, v in options.items() if k in inspect.signature(writer_class).parameters})
-    if hasattr(writer, "store_config"):
-        cfg = getattr(env, "cfg", None) or {}
-        if isinstance(cfg, dict):  # rsl_rl's writers take a dataclass, or what has to_dict()
-            cfg = dataclasses.make_dataclass("Config", cfg)(**cfg)
-        writer.store_config(cfg, dataclasses.asdict(args))
-    return writer
-
-
-def upload(path: pathlib.Path, iteration: int, args: Args, writer) -> None:
-    """Hand a checkpoint or a film to the logger, where it has a place for it."""
-    kind = "model" if path.suffix == ".pt" else "video"
-    if writer is None or not path.exists():  # no film: an environment that cannot draw
-        return
-    if hasattr(writer, f"save_{kind}"):  # rsl_rl's writers
-        getattr(writer, f"save_{kind}")(path if kind == "video" else str(path), iteration)
-    elif args.logger == "wandb":
-        import wandb
-
-        if kind == "video":
-            wandb.log({"video": wandb.Video(str(path), format="gif")})
-        elif args.upload_model:
-            wandb.log_artifact(str(path), name=f"model-{wandb.run.id}", type="model")
-    elif args.logger == "tensorboard" and kind == "video":
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        image = Summary.Image(encoded_image_string=path.read_bytes())  # it plays a GIF
-        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="video", image=image)]), iteration)
-
-
-def resolve(spec: str, flag: str):
-    """The object that `package.module:name` names, looked for in the working directory too."""
-    module, _, name = spec.partition(":")
-    sys.path.append(os.getcwd())
-    try:
-        found = importlib.import_module(module or spec)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{flag} {spec}: cannot be imported as package.module:name ({error})") from error
-    if not hasattr(found, name):
-        raise UserError(f"{flag} {spec}: cannot be imported as package.module:name (no {name!r} in {found.__name__})")
-    return getattr(found, name)
-
-
-def save_checkpoint(path: pathlib.Path, agent: dict, iteration: int, resume: dict) -> None:
-    """Write rsl_rl's format, atomically: a kill at any instant leaves the previous file whole.
-
-    Args:
-        path: `model_<iteration>.pt`.
-        agent: modules and optimizers by name; each is saved as `<name>_state_dict`.
-        iteration: the iteration that has just been finished.
-        resume: all else that continuing takes, under one key of its own, which rsl_rl ignores.
-    """
-    buffer = io.BytesIO()
-    torch.save(resume, buffer)
-    ranks = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(buffer.getvalue(), ranks)
-    if dist.get_rank() != 0:
-        return
-    resume = resume | {"ranks": ranks}
-    state = {f"{name}_state_dict": part.state_dict() for name, part in agent.items()}
-    with open(path.with_suffix(".partial"), "wb") as file:
-        torch.save(state | {"iter": iteration, "infos": None, "resume": resume}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's store outlives the ranks: restarted ones look there for the run
-        dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])).set("run", path.parent.name)
-
-
-def load_checkpoint(path: pathlib.Path, device: torch.device) -> dict:
-    """Read a checkpoint, ours or rsl_rl's, without running code from it."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise UserError(f"--checkpoint {path}: is no whole checkpoint ({' '.join(str(error).split())[:150]})") from error
-
-
-def restore(agent: dict, checkpoint: dict, path: pathlib.Path) -> None:
-    """Copy a checkpoint into modules and optimizers, in place, so that a captured graph stays valid."""
-    for name, part in agent.items():
-        if f"{name}_state_dict" not in checkpoint:
-            raise UserError(f"--checkpoint {path}: has no {name}_state_dict; it holds {', '.join(map(str, checkpoint))}")
-        try:
-            part.load_state_dict(checkpoint[f"{name}_state_dict"])
-        except RuntimeError as error:
-            raise UserError(f"--checkpoint {path}: {name} differs: {' '.join(str(error).split())}") from error
-
-
-def find_checkpoint(args: Args) -> pathlib.Path:
-    """The checkpoint that --checkpoint, --load-run and --wandb-run-path name; left out: the newest of the experiment."""
-    if args.wandb_run_path:
-        return download_checkpoint(args)
-    folder = experiment_dir(args)
-    # The command that has started a run from a checkpoint, repeated with --resume, continues that run.
-    runs = [yaml.safe_load(file.read_text()) for file in folder.glob("*/args.yaml")] if args.resume else []
-    started = any(run and run["checkpoint"] == args.checkpoint and not run["resume"] for run in runs)  # a killed one's is empty
-    if pathlib.Path(args.checkpoint).is_file() and not started:
-        return pathlib.Path(args.checkpoint)
-    wanted = r"model_\d+\.pt" if started or not args.checkpoint else args.checkpoint
-    searched = f"--load-run {args.load_run} --checkpoint {wanted}"
-    try:
-        files = [file for file in folder.glob("*/model_*.pt") if re.fullmatch(args.load_run, file.parent.name)]
-        files = [file for file in files if re.fullmatch(wanted, file.name)]
-    except re.error as error:
-        raise UserError(f"{searched}: is no regular expression ({error})") from error
-    if not files:
-        raise UserError(f"{searched}: no such file, and no run in {folder} has one; train first, or give a path")
-    return max(files, key=lambda file: (file.parent.name, iteration_of(file)))
-
-
-def iteration_of(file) -> int:
-    return int((re.findall(r"\d+", file.name) or [-1])[-1])
-
-
-def download_checkpoint(args: Args) -> pathlib.Path:
-    """The newest checkpoint of a W&B run: an artifact of ours, or a file that rsl_rl uploaded."""
-    import wandb
-
-    try:
-        run = wandb.Api().run(args.wandb_run_path)
-    except Exception as error:
-        raise UserError(f"--wandb-run-path {args.wandb_run_path}: cannot be opened as entity/project/run ({error})") from error
-    folder = experiment_dir(args) / "wandb" / run.id  # one level deeper than our own runs
-    models = [artifact for artifact in run.logged_artifacts() if artifact.type == "model"]
-    if models:
-        return max(pathlib.Path(models[-1].download(root=str(folder))).glob("model_*.pt"), key=iteration_of)
-    files = [file for file in run.files() if re.fullmatch(r"model_\d+\.pt", file.name)]
-    if not files:
-        raise UserError(f"--wandb-run-path {args.wandb_run_path}: this run has no checkpoint")
-    return pathlib.Path(max(files, key=iteration_of).download(root=str(folder), replace=True).name)
-
-
-class Policy(nn.Module):
-    """The deterministic policy, from observations to actions (B, A): what is played, exported and deployed."""
-
-    def __init__(self, actor: Model):
-        super().__init__()
-        self.obs_normalizer, self.mlp, self.distribution = actor.obs_normalizer, actor.mlp, actor.distribution
-
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.distribution.deterministic(self.mlp(self.obs_normalizer(obs)))
-
-    @torch.jit.export
-    def reset(self, dones: torch.Tensor | None = None) -> None:
-        """Nothing to do without memory; there for a uniform interface."""
-
-
-class LoadedPolicy:
-    """A policy for use in any program: from observations to actions (B, A), without gradients."""
-
-    def __init__(self, actor: Model, groups: tuple[str, ...]):
-        self.module, self.groups = Policy(actor), groups
-
-    @torch.no_grad()
-    def __call__(self, obs: TensorDict | torch.Tensor) -> torch.Tensor:
-        """obs: a TensorDict (or dict) of groups, (B, ...) each, or the actor's groups concatenated, (B, O)."""
-        if not torch.is_tensor(obs):
-            groups = self.groups or first_group(obs, "actor", "policy", "state")
-            obs = torch.cat([obs[group] for group in groups], dim=-1)
-        return self.module(obs.to(self.module.mlp[0].weight.dtype))
-
-    def reset(self, dones: torch.Tensor | None = None) -> None:
-        """Tell the policy which environments (B,) start a new episode; None: all."""
-        self.module.reset(dones)
-
-
-def load_policy(path: str | pathlib.Path, device: str | torch.device = "cpu", args: Args | None = None) -> LoadedPolicy:
-    """Load a checkpoint's policy, of this script or of rsl_rl, with the layer sizes that its tensors have.
-
-    Args:
-        path: the checkpoint.
-        device: where to run it.
-        args: the settings it was trained with. A checkpoint of ours brings them along; a foreign one needs them where
-            activation, distribution or observation groups are not the defaults.
-    """
-    checkpoint = load_checkpoint(pathlib.Path(path), torch.device(device))
-    if "actor_state_dict" not in checkpoint:
-        raise UserError(f"--checkpoint {path}: has no actor_state_dict; it holds {', '.join(map(str, checkpoint))}")
-    state, resume = checkpoint["actor_state_dict"], checkpoint.get("resume", {})
-    layers = [value for key, value in state.items() if re.fullmatch(r"mlp\.\d+\.weight", key)]
-    settings = {name: value for name, value in resume.get("args", {}).items() if name in Args.__dataclass_fields__}
-    settings["actor_hidden_dims"] = tuple(layer.shape[0] for layer in layers[:-1])
-    settings["obs_normalization"] = "obs_normalizer._mean" in state
-    if "distribution.log_std_param" in state:
-        settings["std_type"] = "log"
-    args = dataclasses.replace(args or Args(), **settings)
-    shapes = resume.get("actor_shapes", {"obs": (layers[0].shape[1],)})
-    actor = make_actor(shapes, layers[-1].shape[0] // make_distribution(1, args).num_outputs, args)
-    restore({"actor": actor.to(device)}, checkpoint, pathlib.Path(path))
-    return LoadedPolicy(actor.eval(), tuple(shapes) if resume else args.actor_obs)
-
-
-def export_policy(policy: Policy, folder: pathlib.Path) -> None:
-    """Write policy.onnx (opset 18, normaliser inside) and policy.pt (TorchScript); check both against the model."""
-    import onnxruntime
-
-    folder.mkdir(parents=True, exist_ok=True)
-    policy = copy.deepcopy(policy).to("cpu", torch.float32).eval()
-    batch = {0: torch.export.Dim("batch")}
-    tensors = {"obs": torch.randn(16, policy.mlp[0].in_features)}
-    inputs, shapes = (tensors["obs"],), (batch,)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which no policy here needs
-        names = dict(input_names=[*tensors], output_names=["actions"], dynamic_shapes=shapes)
-        torch.onnx.export(policy, inputs, folder / "policy.onnx", opset_version=18, dynamo=True, external_data=False, **names)
-        torch.jit.script(policy).save(str(folder / "policy.pt"))
-    session = onnxruntime.InferenceSession(folder / "policy.onnx", providers=["CPUExecutionProvider"])
-    outputs = {"policy.onnx": torch.as_tensor(session.run(["actions"], {name: x.numpy() for name, x in tensors.items()})[0])}
-    outputs["policy.pt"] = torch.jit.load(folder / "policy.pt")(*inputs)
-    for name, actions in outputs.items():
-        difference = (actions - policy(*inputs)).abs().max().item()
-        print(f"exported {folder / name}, which differs from the model by at most {difference:.1e}")
-        if difference > 1e-4:
-            raise RuntimeError(f"{folder / name} differs from the model by {difference:.1e}")
-
-
-# ---- Play -----------------------------------------------------------------------------------------------------------
-
-
-def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
-    """Run a policy for one episode per environment; print its returns and errors, write a film and a tracking plot.
-
-    Returns:
-        Means over the episodes: `return`, `episode_length` [env steps], what the environment logs for each of its copies as
-        `Metrics/...` (over the episode) and as `Episode/...` (at its end).
-    """
-    args = adopt(env, args) if env else args
-    check_args(args)
-    device = set_up_torch(args)
-    path = find_checkpoint(args) if args.agent == "policy" else experiment_dir(args) / f"{args.agent}.pt"
-    settings = dataclasses.replace(args, num_envs=args.play_envs)
-    own = None if env else make_env(settings, device, play=True, terminations=args.terminations)
-    env = env or own
-    if args.agent == "policy":
-        policy = load_policy(path, device, args)
-        try:
-            policy(env.get_observations().to(device))
-        except (RuntimeError, KeyError) as error:
-            raise UserError(f"--checkpoint {path}: its policy does not fit {args.env} ({error})") from error
-        policy.reset()
-    else:
-        size, scale = (env.num_envs, env.num_actions), float(args.agent == "random")
-        policy = lambda obs: scale * (2.0 * torch.rand(size, device=device) - 1.0)  # noqa: E731
-    if args.viewer:
-        if not hasattr(env, "view"):
-            raise UserError(f"--viewer: {args.env} has no viewer of its own; without the flag a film is written")
-        return env.view(policy)
-    print(f"playing {path.stem} on {args.env}")
-    results = roll_out(env, policy, device, args, film=path.parent / f"play_{path.stem}")
-    close(own, None, args)
-    for index in range(env.num_envs):
-        print(f"episode {index + 1:2d}" + "".join(f"  {name.split('/')[-1]} {x[index]:.3f}" for name, x in results.items()))
-    means = {name: sum(x) / len(x) for name, x in results.items()}
-    print("mean      " + "".join(f"  {name.split('/')[-1]} {x:.3f}" for name, x in means.items()))
-    return means
-
-
-@torch.no_grad()
-def roll_out(env: VecEnv, policy, device: torch.device, args: Args, film: pathlib.Path) -> dict[str, list[float]]:
-    """One episode in every environment: return, length, mean `Metrics/...`, last `Episode/...`; writes `<film>.gif`, `.png`."""
-    obs, frames, tracked, totals = env.get_observations().to(device), [], [], {}
-    running = torch.ones(env.num_envs, dtype=torch.bool, device=device)
-    frame_interval = max(1, round(0.06 / getattr(env, "step_dt", 0.06)))  # about 16 pictures per second
-    for step in range(int(env.max_episode_length)):
-        if hasattr(env, "render") and step % frame_interval == 0 and len(frames) < 160 and running[0]:
-            picture = env.render()
-            if picture is not None:  # it draws on a screen of its own
-                frames.append(Image.fromarray(picture).quantize(64, method=Image.Quantize.FASTOCTREE))
-        actions = policy(obs) if args.clip_actions is None else policy(obs).clamp(-args.clip_actions, args.clip_actions)
-        obs, rewards, dones, extras = env.step(actions.to(env.device))
-        obs = obs.to(device)
-        values = {name: x for name, x in (extras.get("log") or {}).items() if getattr(x, "shape", None) == running.shape}
-        for name, value in (values | {"return": rewards, "episode_length": torch.ones_like(rewards)}).items():
-            value = value.to(device)
-            if name.startswith("Episode/"):  # what counts is how the episode ended; the rest is summed up
-                totals[name] = torch.where(running, value, totals.get(name, value))
-            elif name.startswith("Metrics/") or name in ("return", "episode_length"):
-                totals[name] = totals.get(name, 0.0) + torch.where(running, value, 0.0)
-        if hasattr(policy, "reset"):  # the zero and random agents have nothing to forget
-            policy.reset(dones.to(device))
-        running &= ~dones.to(device).bool()
-        if hasattr(env, "tracking") and running[0]:
-            tracked.append({name: pair[0].tolist() for name, pair in env.tracking().items()})
-        if not running.any():
-            break
-    film.parent.mkdir(parents=True, exist_ok=True)
-    if frames:
-        duration = round(1000 * frame_interval * getattr(env, "step_dt", 0.06))  # ms
-        frames[0].save(f"{film}.gif", save_all=True, append_images=frames[1:], duration=duration, loop=0)
-        print(f"wrote {film}.gif")
-    if tracked:
-        plot_tracking(tracked, getattr(env, "step_dt", 1.0), f"{film}.png")
-    lengths = totals["episode_length"]
-    return {name: (x / lengths if name.startswith("Metrics/") else x).tolist() for name, x in totals.items()}
-
-
-def film_policy(actor: Model, device: torch.device, args: Args, path: pathlib.Path) -> None:
-    """One episode of the current policy as `<path>.gif`, in an environment of its own."""
-    env = make_env(dataclasses.replace(args, num_envs=1), device, play=True)
-    roll_out(env, LoadedPolicy(copy.deepcopy(actor).eval(), tuple(actor.shapes)), device, args, path)
-    close(env, None, args)
-
-
-def plot_tracking(tracked: list[dict[str, list[float]]], step_dt: float, path: str) -> None:
-    """Commanded against actual value of every tracked quantity of environment 0, over time."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 2 * len(tracked[0])), layout="tight")
-    axes = figure.subplots(len(tracked[0]), 1, sharex=True, squeeze=False)[:, 0]
-    times = [step_dt * (step + 1) for step in range(len(tracked))]
-    for axis, name in zip(axes, tracked[0]):
-        axis.plot(times, [pairs[name][1] for pairs in tracked], color="#d9480f", linewidth=1.2, label="actual")
-        axis.plot(times, [pairs[name][0] for pairs in tracked], color="#1864ab", linestyle="--", label="commanded")
-        axis.set_ylabel(name)
-        axis.grid(alpha=0.3)
-    axes[0].legend(loc="upper right", ncols=2, frameon=False)
-    axes[-1].set_xlabel("time [s]")
-    figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
-
-
-# ---- Training -------------------------------------------------------------------------------------------------------
-
-
-def set_up_torch(args: Args) -> torch.device:
-    """The device that --device names, and seed, precision, threads and memory."""
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # streams, events and random states are those of the current device
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision(args.float32_matmul_precision)
-    torch.backends.cudnn.allow_tf32 = args.float32_matmul_precision != "highest"  # of convolutions and RNNs, in the variants
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and max(args.actor_hidden_dims) < 256:
-        torch.set_num_threads(1)  # threads that wait for each other after every small operation cost more than they bring
-    if device.type == "cpu" and sys.platform == "linux":
-        # The next mini-batch uses what one has freed; glibc would return it to the kernel, which clears every page anew.
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest there is: blocks below it come from the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at the heap's end stays
-    return device
-
-
-def make_env(args: Args, device: torch.device, **options) -> VecEnv:
-    """The environment that --env names: a user's own `package.module:factory`, else one of this project's."""
-    settings = dict(num_envs=args.num_envs, device=str(device), seed=args.seed) | options
-    prefix, _, name = args.env.partition(":")
-    # The list is envs.SIMULATORS', since a copied script has no envs.
-    if name and prefix not in ("mjlab", "gym", "envpool", "playground", "genesis", "isaaclab"):
-        factory = resolve(args.env, "--env")
-        return factory(**{k: v for k, v in settings.items() if k in inspect.signature(factory).parameters})
-    try:
-        from envs import make
-
-        return make(args.env, **settings)
-    except (ImportError, ValueError) as error:
-        alone = getattr(error, "name", None) == "envs"  # a script that was copied without it
-        hint = f"--env {args.env}: is no package.module:factory, and a built-in task needs the folder envs/ beside this script"
-        raise UserError(hint if alone else str(error)) from error
-
-
-def adopt(env: VecEnv, args: Args) -> Args:
-    """Settings for an environment that was handed over: it has its own size, and gives the run its name if --env does not."""
-    own = args.env == Args.env and not type(env).__module__.startswith("envs.")
-    if own and args.video_interval:
-        raise UserError("--video-interval: films take a second environment; let --env package.module:factory make them")
-    return dataclasses.replace(args, num_envs=env.num_envs, env=type(env).__name__ if own else args.env)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Collect Ctrl-C, and the SIGTERM that announces a cluster's pre-emption: training ends after the running iteration."""
-    received = []
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # not in the main thread, so the caller handles signals
-                previous = signal.signal(number, lambda number, _: received.append(number))
-                stack.callback(signal.signal, number, previous)
-        yield received
-
-
-def tensors_of(agent: dict) -> list[torch.Tensor]:
-    """Every tensor that an update changes: weights, statistics, optimizer state, learning rate."""
-    tensors = []
-    for part in agent.values():
-        tensors += [*part.parameters(), *part.buffers()] if isinstance(part, nn.Module) else [part.lr, *part.state.values()]
-    return [tensor.detach() for tensor in tensors]
-
-
-def check_agent(agent: dict) -> None:
-    """Refuse parameters that have left their optimizer's vector, as those of a network changed later: they would not move."""
-    optimizers = [part for part in agent.values() if isinstance(part, FlatOptimizer)]
-    homes = {x.untyped_storage().data_ptr() for optimizer in optimizers for x in (optimizer.weights, optimizer.gradient)}
-    for module in (part for part in agent.values() if isinstance(part, nn.Module)):
-        for name, p in module.named_parameters():
-            for x in (p, p.grad) if p.requires_grad and p.numel() else ():
-                if x is None or x.untyped_storage().data_ptr() not in homes:
-                    raise RuntimeError(f"parameter {name} is not trained: change networks before their FlatOptimizer is made")
-
-
-def resume_state(args: Args, env: VecEnv, agent: dict, storage: TensorDict, episodes: TensorDict) -> dict:
-    """What rsl_rl's format has no place for: settings, random streams, the environment and its running episodes."""
-    return {
-        "args": dataclasses.asdict(args),
-        "actor_shapes": agent["actor"].shapes,
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if storage.device.type == "cuda" else None,
-        "env": env.state_dict() if hasattr(env, "state_dict") else None,
-        "episodes": episodes.clone().to_dict(),
-    }
-
-
-def check_resumable(state: dict) -> None:
-    """Refuse what could be saved but not read again: torch.load(weights_only=True) takes tensors and plain values alone."""
-    for name, part in state.items():
-        buffer = io.BytesIO()
-        try:
-            torch.save(part, buffer)
-            buffer.seek(0)
-            torch.load(buffer, weights_only=True)
-        except Exception as error:
-            kind = (re.findall(r"GLOBAL (\S+)", str(error)) or [error])[0]
-            source = {"args": "Args", "env": "env.state_dict()"}.get(name, name)
-            raise UserError(f"{source}: no checkpoint can hold {kind}; use tensors, numbers, strings, lists, dicts") from error
-
-
-def load_resume_state(resume: dict, env: VecEnv, storage: TensorDict, episodes: TensorDict) -> None:
-    if not resume:
-        return print("this checkpoint holds no random streams and no environment state (rsl_rl's do not): they start afresh")
-    ranks = resume.get("ranks", [None])
-    if len(ranks) != dist.get_world_size():
-        return print(f"this checkpoint is of {len(ranks)} ranks, not {dist.get_world_size()}: the rest starts afresh")
-    resume = torch.load(io.BytesIO(ranks[dist.get_rank()]), map_location=storage.device) if ranks[0] else resume
-    torch.set_rng_state(resume["rng"].cpu())
-    if resume["cuda_rng"] is not None and storage.device.type == "cuda":
-        torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
-    fits = resume["env"] is not None and resume["args"]["num_envs"] == env.num_envs
-    if not fits or env.load_state_dict(resume["env"]) is False:
-        return print("the environment starts afresh: it cannot restore its whole state, or has another number of environments")
-    storage["obs"][-1].update_(env.get_observations().to(storage.device).select(*storage["obs"].keys()))
-    episodes.update_(TensorDict(resume["episodes"]))
-
-
-def start_from(path: pathlib.Path, agent: dict, env: VecEnv, storage: TensorDict, episodes: TensorDict, args: Args) -> int:
-    """Go on from a checkpoint; returns how many iterations are finished: with --resume its own, in a new run none."""
-    checkpoint = load_checkpoint(path, storage.device)
-    saved = checkpoint.get("resume", {}).get("args", {})
-    for name in ("activation", "distribution", "std_type", "action_range"):  # which the tensors do not always show
-        if saved.get(name, getattr(args, name)) != getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {path} was trained with {saved[name]}")
-    if not args.resume:
-        name = "student" if "student_state_dict" in checkpoint else "actor"  # PPO fine-tunes what distillation has taught
-        restore({name: agent["actor"]}, checkpoint, path)
-        print(f"starting from the policy of {path}")
-        return 0
-    restore(agent, checkpoint, path)
-    load_resume_state(checkpoint.get("resume", {}), env, storage, episodes)
-    start = checkpoint["iter"] + 1
-    print(f"resuming {path} after its {start} iterations, with its learning rate {float(agent['optimizer'].lr):.3g}")
-    if start >= args.max_iterations:
-        raise UserError(f"--max-iterations {args.max_iterations}: the checkpoint has finished {start} already")
-    return start
-
-
-def distributed(train):
-    """Run `train` as one of torchrun's ranks, or as a world of one; where a rank fails, every rank stops and names it."""
-
-    @wraps(train)
-    def run(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
-        timeout, alone = datetime.timedelta(seconds=args.rank_timeout), "RANK" not in os.environ
-        store, rank, world_size = (dist.HashStore(), 0, 1) if alone else next(dist.rendezvous("env://", timeout=timeout))
-        own = {"seed": args.seed + 10_000 * rank} | ({"logger": "none", "video_interval": 0} if rank else {})
-        if store.check(["run"]):  # torchrun has restarted us
-            own |= {"resume": True, "load_run": re.escape(store.get("run").decode()), "checkpoint": "", "wandb_run_path": ""}
-        if torch.cuda.is_available() and args.device in ("auto", "cuda"):
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        room = dist.PrefixStore(f"attempt {store.add('attempts', 0)}", store)  # a restart has its own
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # what passes through the host is gloo's
+        values = [rank[name] for rank in ranks if not math.isnan(rank.get(name, math.nan))]
+        means[name] = sum(values) / len(values) if values else math.nan
+    return means | {"Loss/finite": min(rank["Loss/finite"] for rank in ranks)}
+
+
+def on_all_ranks(train):
+    """Run `train` as one of torchrun's ranks, or as a world of one. If a rank fails, all stop and name it."""
+
+    @functools.wraps(train)
+    def run(args: Args, env: VecEnv | None = None) -> History:
+        timeout, restarts = (
+            timedelta(seconds=args.rank_timeout),
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        )
+        store, rank, world_size = dist.HashStore(), 0, 1
+        if "RANK" in os.environ:
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # A seed of its own, else all ranks would live through the same.
+        args = replace(args, seed=args.seed + 10_000 * rank, resume=args.resume or restarts > "0")
+        own = args if rank == 0 else replace(args, logger="none", video_interval=0)
+        if args.resume and rank:
+            path = find_checkpoint(args)
+            path = (
+                path.parent / f"rank_{rank}" / path.name if (path.parent / f"rank_{rank}").exists() else path
+            )
+            own = replace(own, checkpoint=str(path))
+        backend, room = (
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            dist.PrefixStore(restarts, store),
+        )
         try:
             dist.init_process_group(backend, timeout=timeout, store=room, rank=rank, world_size=world_size)
-            store.add("attempts", rank == 0)
-            history = train(dataclasses.replace(args, **own), env)
+            with contextlib.redirect_stdout(None if rank else sys.stdout):
+                history = train(own, env)
             dist.destroy_process_group()
             return history
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # they hold connections open, and graphs, for whose end NCCL waits
+            traceback.clear_frames(error.__traceback__)  # they hold graphs, for whose end NCCL waits
             if dist.is_initialized():
-                dist.destroy_process_group()  # closes the connections, so that no other rank waits for this one
+                dist.destroy_process_group()  # closes the connections: no other rank waits for this one
             fault = "rank 0 does not answer, whose host keeps the store"
             lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # through another rank's fault
             with contextlib.suppress(dist.DistError):
-                if rank:  # a new connection: where the link is cut the old one waits for ever
-                    next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=5)))
+                if rank:  # a new connection: where the link is cut the old one would wait for ever
+                    next(dist.rendezvous("env://", timeout=timedelta(seconds=5)))
                 room.set(f"here {rank}", "")
-                time.sleep((9.0 if rank else 12.0) * lost)  # let all call in; with rank 0, which leaves last, the store may go
-                missing = ", ".join(str(r) for r in range(world_size) if lost and not room.check([f"here {r}"]))
-                blame = f"rank {missing} does not answer" if lost else f"rank {rank} stopped: {type(error).__name__}: {error}"
+                time.sleep(
+                    (9.0 if rank else 12.0) * lost
+                )  # all call in; the store goes with rank 0, so it waits longest
+                missing = ", ".join(
+                    str(r) for r in range(world_size) if lost and not room.check([f"here {r}"])
+                )
+                blame = (
+                    f"rank {missing} does not answer"
+                    if missing
+                    else f"rank {rank} stopped: {first_line(error)}"
+                )
                 fault = room.compare_set("fault", "", blame).decode()
             raise (UserError(fault) if lost else error) from None
 
     return run
 
 
-def gather(value: Any) -> list:
-    """The values of all ranks, on every rank; through the host."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def synchronize(agent: dict, obs: TensorDict, path: pathlib.Path | None, args: Args) -> None:
-    """Refuse ranks that differ from rank 0; then start from its weights and statistics."""
-    facts = {name: value for name, value in vars(args).items() if name not in ("seed", "logger", "video_interval")}
-    facts |= {"observations": {group: tuple(x.shape) for group, x in obs.items()}, "checkpoint": path}
-    facts["source code (crc32)"] = zlib.crc32(pathlib.Path(__file__).read_bytes())
-    for rank, others in enumerate(ranks := gather(facts)):
-        if differing := [f"{name} {x} (rank 0: {ranks[0][name]})" for name, x in others.items() if x != ranks[0][name]]:
-            raise UserError(f"rank {rank} differs from rank 0: it has {', '.join(differing)}")
-    for tensor in tensors_of(agent):
-        dist.broadcast(tensor, src=0)
-
-
-@distributed
-def train(args: Args, env: VecEnv | None = None) -> list[dict[str, float]]:
+@on_all_ranks
+def train(args: Args, env: VecEnv | None = None) -> History:
     """Train from scratch, or from where a checkpoint ends.
 
     Args:
         args: all settings.
-        env: an environment with the protocol's attributes, which stays open; left out, `args.env` is built.
+        env: an environment of yours, which stays open; left out, `args.env` is made.
 
-    Returns:
-        One dict of metrics per iteration, keyed by log tags (`Loss/surrogate`, `Train/mean_reward`, ...).
+    Raises:
+        UserError: a setting, a checkpoint or the environment does not fit; nothing has been written.
+        FloatingPointError: something is not finite; the run ends with the last good checkpoint.
     """
-    args = adopt(env, args) if env else args
     check_args(args)
-    device = set_up_torch(args)
-    path = find_checkpoint(args) if args.resume or args.checkpoint or args.wandb_run_path else None
-    own = None if env else make_env(args, device)
+    args = set_up_torch(args)
+    own = None if env else make_env(args)
     env = env or own
-    if env.num_envs != args.num_envs:
-        raise UserError(f"--num-envs {args.num_envs}: {args.env} has made {env.num_envs}")
-    obs = env.get_observations().to(device)
-    actor, critic = make_models(obs, env.num_actions, args)
-    optimizer = FlatOptimizer([*actor.parameters(), *critic.parameters()], args.learning_rate, args.optimizer)
-    agent = {"actor": actor, "critic": critic, "optimizer": optimizer}
-    if args.init_at_random_ep_len:
-        env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=int(env.max_episode_length))
-    storage = make_storage(obs.select(*actor.shapes, *critic.shapes), env.num_actions, actor, args)  # what is read
-    episodes = make_episodes(args, device)
-    start = start_from(path, agent, env, storage, episodes, args) if path else 0
-    if args.log_root:
-        check_resumable(resume_state(args, env, agent, storage, episodes))
-    synchronize(agent, obs, path, args)
-    run_dir = gather(make_run_dir(args, env) if dist.get_rank() == 0 else None)[0]
-    writer = make_writer(args, env, run_dir)
+    args = choose_groups(env.get_observations(), replace(args, num_envs=env.num_envs))
+    check_args(args)  # again, with the environment's own size
+    obs = read_obs(env, args)
+    agent = make_agent(env, obs, args)
+    if args.init_at_random_ep_len:  # else all environments time out in the same step, again and again
+        limit = int(env.max_episode_length)
+        env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=limit)
+    same_for_all(agent, obs, args)
+    storage = make_storage(agent, obs, env.num_actions, args)
+    start = load(agent, env, storage, args)
+    rank = dist.get_rank()
+    run_dir = gather(make_run_dir(args, env) if rank == 0 else None)[0]
+    if run_dir and rank:  # each has its own environments and random numbers to save
+        run_dir = run_dir / f"rank_{rank}"
+        run_dir.mkdir()
+    writer = make_writer(args, run_dir)
+    collect_step, policy_step, update_step = graphed(args, env, collect, act, update)
+    samples = args.num_envs * args.num_steps_per_env * dist.get_world_size()  # per iteration
 
-    samples = args.num_envs * args.num_steps_per_env // args.num_mini_batches * args.num_mini_batches
-    permutation = torch.zeros(samples, dtype=torch.long, device=device)
-    backup = [tensor.clone() for tensor in tensors_of(agent)]  # for the NaN guard
-    run_collect, run_update = capture(env, agent, storage, episodes, permutation, args)
-
-    history = []
-    with stop_signals() as stop:
+    history = History()
+    history.agent, history.run_dir = agent, run_dir
+    with keep_run(agent, env, storage, run_dir, args) as run:
         for iteration in range(start, args.max_iterations):
-            check_agent(agent)
-            torch._foreach_copy_(backup, tensors_of(agent))
-            times = [timestamp(device)]
-            metrics = run_collect()
-            times.append(timestamp(device))
-            torch.randperm(samples, out=permutation)  # outside the graph: torch draws short ones on the host
-            metrics = metrics | run_update() | {"finite/weights": all_finite(tensors_of(agent))}
-            times.append(timestamp(device))
-            # Needs no device: where a rank is lost it fails before `fetch` waits in vain.
-            last = any(gather(bool(stop))) or iteration == args.max_iterations - 1
-            metrics = fetch(metrics)
-            if not all(value for name, value in metrics.items() if name.startswith("finite/")):
-                torch._foreach_copy_(tensors_of(agent), backup)
-                if run_dir and iteration > start and not (run_dir / f"model_{iteration - 1}.pt").exists():
-                    state = resume_state(args, env, agent, storage, episodes) | {"env": None}
-                    save_checkpoint(run_dir / f"model_{iteration - 1}.pt", agent, iteration - 1, state)
-                raise FloatingPointError(describe_nan(metrics, iteration, storage, run_dir))
-            history.append(summarize(metrics, times, args))
-            log_iteration(history[-1], iteration, args, writer)
+            run.done, times = (iteration - 1, deepcopy(state_of(agent))), [now(args)]
+            metrics = collect_step(env, agent, storage, policy_step, args)
+            times.append(now(args))
+            shuffle(storage, args)
+            metrics |= update_step(agent, storage, args)
+            times.append(now(args))
+            stop = any(
+                gather(run.stop)
+            )  # through the host: a lost rank is found before the device waits for it
+            metrics = average_metrics(to_host(metrics))  # the iteration's only wait for the device
+            if not metrics.pop("Loss/finite"):
+                faults = gather(f"rank {rank}: {describe_nan(iteration, storage, run_dir)}")
+                raise FloatingPointError(min(faults, key=lambda fault: "was read is finite" in fault))
+            history.append(log_iteration(metrics, times, samples, iteration, args, writer))
+            last = stop or iteration == args.max_iterations - 1
             if run_dir and (last or iteration % args.save_interval == 0):
-                state = resume_state(args, env, agent, storage, episodes)
-                save_checkpoint(run_dir / f"model_{iteration}.pt", agent, iteration, state)
-                upload(run_dir / f"model_{iteration}.pt", iteration, args, writer)
+                if rank == 0:
+                    dist.barrier()  # rank 0 saves last: where its file is, all are
+                save(run_dir / f"model_{iteration}.pt", agent, env, storage, iteration, args)
+                if rank:
+                    dist.barrier()
             if run_dir and args.video_interval and (last or iteration % args.video_interval == 0):
-                film_policy(actor, device, args, run_dir / f"video_{iteration}")
-                upload(run_dir / f"video_{iteration}.gif", iteration, args, writer)
+                attempt(film, agent, run_dir / f"video_{iteration}", args)
             if last:
                 break
-    if run_dir and dist.get_rank() == 0:
-        try:
-            export_policy(Policy(actor), run_dir / "exported")
-        except Exception as error:  # TorchScript, for one, fails where this file was edited meanwhile; nothing is lost
-            print(f"not exported ({error}); --export --checkpoint {run_dir / f'model_{iteration}.pt'} does it")
-    close(own, writer, args)
+    if run_dir and rank == 0:
+        attempt(export_policy, agent.actor, run_dir / "exported")
+    close(own, writer)
     return history
 
 
-def close(env: VecEnv | None, writer, args: Args) -> None:
-    for end in (getattr(env, "close", None), getattr(writer, "stop", None) or getattr(writer, "close", None)):
-        if end:
-            end()
-    if args.logger == "wandb" and writer:
-        import wandb
-
-        wandb.finish()
+# ==== Below: bookkeeping, the same in every script. Skip it at first reading. ===============================
 
 
-def parse_args() -> Args:
-    """The command line, over the settings that the environment recommends; those that apply are printed."""
-    first = tyro.cli(Args, args=[x for x in sys.argv[1:] if x not in ("-h", "--help")])
-    tuned = recommended(first.env) if first.env_defaults else {}
-    args = tyro.cli(Args, default=Args(env=first.env, **tuned), description=__doc__.split("\n\n")[0])
-    kept = [f"{name}={value}" for name, value in tuned.items() if getattr(args, name) == value]
-    if kept:
-        print(f"settings that {args.env} recommends (--no-env-defaults: none): {' '.join(kept)}")
-    return args
+class UserError(ValueError):
+    """What the user can mend: the message names the flag, its value and what would be right."""
 
 
-def recommended(env: str) -> dict[str, Any]:
+def wrong(args, name, why):
+    return UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {why}")
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def check_settings(args):
+    """What holds in every script."""
+    positive = r"(\w+_)?num_|max_|save_|play_|.*_dim|.*_rate$|rank_|gradient_|clip_|desired_|init_std"
+    for name, kind in get_type_hints(Args).items():
+        value = getattr(args, name)
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        numbers = [x for x in values if isinstance(x, (int, float))]
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise wrong(args, name, f"choose from {', '.join(get_args(kind))}")
+        if type(value) not in (str, bool, int, float, tuple, list, dict, type(None)):
+            raise wrong(args, name, f"a checkpoint cannot hold a {type(value).__name__}")
+        if not all(map(math.isfinite, numbers)):
+            raise wrong(args, name, "must be finite")
+        if re.match(positive, name) and value is not None and min(numbers, default=0) <= 0:
+            raise wrong(args, name, "must be greater than 0")
+
+
+def check_groups(obs, args, dims):
+    """Refuse groups that the environment has not, or not with so many dimensions; print the others."""
+    shapes = {group: tuple(x.shape[1:]) for group, x in obs.items()}
+    for name, groups in vars(args).items():
+        if name.endswith("_obs"):
+            if not groups or any(len(shapes.get(group, ())) not in dims for group in groups):
+                raise wrong(args, name, f"must name groups of {dims} dimensions, of {shapes}")
+            print(f"{name}: {', '.join(f'{group} {shapes[group]}' for group in groups)}")
+
+
+# ---- Device ------------------------------------------------------------------------------------------------
+
+
+def set_up_torch(args):
+    """Device, seed, precision, threads; returns the settings with the device that `auto` means."""
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        from envs import defaults
-    except ImportError:  # a copied script has no `envs` beside it
-        return {}
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise wrong(args, "device", f"not available here ({first_line(error)})") from error
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device if ":" in device else int(os.environ.get("LOCAL_RANK", 0)))
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision(args.float32_matmul_precision)
+    torch.backends.cudnn.allow_tf32 = args.float32_matmul_precision != "highest"  # convolutions and RNNs
+    sizes = [size for name, dims in vars(args).items() if name.endswith("hidden_dims") for size in dims]
+    if "OMP_NUM_THREADS" not in os.environ and max(sizes) < 256:
+        torch.set_num_threads(1)  # in small operations threads cost more than they bring
+    return replace(args, device=device)
+
+
+def by_name(module, name, flag):
+    """What torch calls so, in any case: `elu` in torch.nn, `adamw` in torch.optim."""
+    known = {key.lower(): value for key, value in vars(module).items()}
+    if name.lower() not in known:
+        raise UserError(f"{flag} {name}: {module.__name__} has none of that name")
+    return known[name.lower()]
+
+
+def make_optimizer(name, parameters, learning_rate, device):
+    """torch's, its learning rate a tensor: a CUDA graph sees it change. float64 rounds as rsl_rl's float."""
+    on_gpu = device.startswith("cuda")
+    lr = torch.tensor(learning_rate, dtype=torch.float32 if on_gpu else torch.float64, device=device)
+    options = {} if name == "sgd" else {"capturable": on_gpu}
+    unique = list({id(x): x for x in parameters}.values())  # what is shared counts once; groups are welcome
+    return by_name(torch.optim, name, "--optimizer")(unique, lr=lr, fused=on_gpu, **options)
+
+
+@functools.cache
+def compiled(fn):
+    one = torch.ones(1)
+    for policy in (Normal(one, one), ScaledBeta(one, one, 0.0, 1.0)):
+        kl_divergence(policy, policy)  # looked up at its first call, which would break the compiled graph
+    return torch.compile(fn, dynamic=False)
+
+
+def graphed(args, env, collect, act, update):
+    """On CUDA as graphs: the update, and of the rollout all where the environment's class says that it is
+    `capturable` (a subclass or wrapper may keep state that a graph does not see), else each policy step."""
+    if not (args.cuda_graphs and args.device.startswith("cuda")):
+        return collect, act, update
+    pool = torch.cuda.graph_pool_handle()  # one memory for all, since they run one after the other
+    if vars(type(env)).get("capturable"):
+        return Graphed(collect, pool), act, Graphed(update, pool)
+    return collect, Graphed(act, pool), Graphed(update, pool)
+
+
+class Graphed:
+    """fn; from its third call on, all its kernels in one launch. Each value of an int argument has a graph.
+
+    A graph knows memory and numbers as they were at its recording: write in place, and keep what changes in
+    tensors. Where args or the objects are others, it begins anew. The next call overwrites the result.
+    """
+
+    def __init__(self, fn, pool):
+        self.fn, self.pool, self.known, self.waits = fn, pool, None, False
+
+    def __call__(self, *arguments):
+        parts = [part for x in arguments if isinstance(x, SimpleNamespace) for part in vars(x).values()]
+        known = [x for x in (*arguments, *parts) if not isinstance(x, int)]
+        known = [x if isinstance(x, (Args, float)) else id(x) for x in known]
+        if known != self.known:
+            self.known, self.alive = known, arguments  # while they live, no other object has their id
+            self.calls, self.graphs = Counter(), {}
+        key = tuple(x for x in arguments if isinstance(x, int))
+        self.calls[key] += 1
+        if self.calls[key] == 1 or self.waits:
+            return self.fn(*arguments)
+        try:
+            if self.calls[key] == 2:  # a rehearsal: after a recording that failed torch could not go on
+                torch.cuda.set_sync_debug_mode("error")
+                return self.fn(*arguments)
+            if self.calls[key] == 3:
+                graph = torch.cuda.CUDAGraph()
+                for generator in (x.generator for x in arguments if hasattr(x, "generator")):
+                    graph.register_generator_state(generator)  # torch's own is known
+                with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                    self.graphs[key] = graph, self.fn(*arguments)
+        except RuntimeError as error:
+            torch.cuda.set_sync_debug_mode("default")
+            recorded = self.calls[key] == 3  # which fails at its end; what went wrong came before
+            cause = error.__context__ if recorded and error.__context__ else error
+            frames = traceback.extract_tb(cause.__traceback__)
+            line = [frame for frame in frames if "site-packages" not in frame.filename][-1]
+            where = f"{line.filename}:{line.lineno} cannot be in a CUDA graph ({first_line(cause)})"
+            if recorded:
+                raise UserError(f"--cuda-graphs: {where}; use --no-cuda-graphs") from cause
+            print(f"{self.fn.__name__} runs without: {where}")
+            self.waits = True
+            return self.fn(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph, result = self.graphs[key]
+        graph.replay()
+        return result
+
+
+def all_finite(agent, storage, losses):
+    """Whether everything that was read, computed and learned is finite; on the device."""
+    models = nn.ModuleList(part for part in vars(agent).values() if isinstance(part, nn.Module))
+    tensors = [*storage.values(True, True), *losses.values(), *models.state_dict().values()]
+    tensors = [x for x in tensors if x.is_floating_point() and x.numel()]
+    return nn.utils.get_total_norm(tensors, math.inf).isfinite()
+
+
+def to_host(metrics):
+    """All numbers of an iteration at once: its only wait for the device."""
+    for name, x in metrics.items():
+        if "/" not in name or not isinstance(x, Tensor) or x.dim():
+            shown = tuple(x.shape) if isinstance(x, Tensor) else x
+            raise UserError(f"metric {name} is {shown}: must be a 0-d tensor, and its name like Train/x")
+    return dict(zip(metrics, torch.stack([x.double() for x in metrics.values()]).tolist()))
+
+
+def now(args):
+    """The time, by the device's own clock: read after `to_host`, so that nothing waits for it."""
+    if not args.device.startswith("cuda"):
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start, end):
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000.0
+
+
+# ---- Environment -------------------------------------------------------------------------------------------
+
+
+def make_env(args, **options):
+    """Your `package.module:factory`, called with what it has parameters for; else one of envs/."""
+    settings = dict(num_envs=args.num_envs, device=args.device, seed=args.seed) | options
+    module, _, name = args.env.partition(":")
+    if name and module not in ("mjlab", "gym", "envpool", "playground", "genesis", "isaaclab"):
+        factory = find(args.env, "--env")
+        wanted = inspect.signature(factory).parameters
+        return factory(**{key: value for key, value in settings.items() if key in wanted})
     try:
-        settings = defaults(env)
+        from envs import make
+
+        return make(args.env, **settings)
     except (ImportError, ValueError) as error:
         raise UserError(str(error)) from error
-    return {name: value for name, value in settings.items() if name in Args.__dataclass_fields__}
 
 
-def main() -> None:
-    if os.environ.get("RANK", "0") != "0":
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # rank 0 alone prints
+def find(name, flag):
+    """What `package.module:name` names, looked for in the working directory too."""
+    sys.path.append(os.getcwd())
     try:
-        args = parse_args()
+        return pkgutil.resolve_name(name)
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        if getattr(error, "name", name) not in name:  # a mistake inside of the module keeps its traceback
+            raise
+        raise UserError(f"{flag} {name}: cannot be imported as package.module:name ({error})") from error
+
+
+def read_obs(env, args):
+    """The groups that some network reads, `*_obs`: images as they are, the rest in the networks' dtype."""
+    groups = [group for name, groups in vars(args).items() if name.endswith("_obs") for group in groups]
+    obs = env.get_observations().select(*groups).to(args.device)
+    return obs.apply(lambda x: x if x.dim() == 4 else x.to(torch.get_default_dtype()))
+
+
+def write(row, **values):
+    """In place: a captured graph sees this memory alone, and a simulator may reuse its own."""
+    for name, x in values.items():
+        row[name].copy_(x)
+
+
+def copy_groups(stored, obs):
+    write(stored, **{group: obs[group] for group in stored.keys()})
+
+
+def note_log(logs, extras, like):
+    """Collect what the environment logs, without waiting for it."""
+    for name, value in (extras.get("episode") or extras.get("log") or {}).items():
+        if isinstance(value, (int, float)):  # by a kernel: torch.as_tensor would copy it, and wait
+            value = like.new_full((1,), value)
+        value = torch.as_tensor(value).to(like, copy=True).flatten()
+        logs.setdefault(name if "/" in name else f"Episode/{name}", []).append(value)
+
+
+# ---- Runs --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def keep_run(agent, env, storage, run_dir, args):
+    """Ctrl-C and SIGTERM end the training after its iteration (`stop`); at an error `done` is saved."""
+    run, handlers = SimpleNamespace(stop=[], done=None), {}
+    with contextlib.suppress(ValueError):  # in another thread than the main one signals are not ours
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers[number] = signal.signal(number, lambda number, _: run.stop.append(number))
+    try:
+        yield run
+    except BaseException:
+        iteration, state = run.done
+        for name, part in parts_of(agent).items():
+            part.load_state_dict(state[f"{name}_state_dict"])
+        path = run_dir and run_dir / f"model_{iteration}.pt"
+        if path and iteration >= 0 and not path.exists():  # without the environment, which is further on
+            save(path, agent, env, storage, iteration, args, row=0)
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def parts_of(agent):
+    return {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
+
+
+def state_of(agent):
+    return {f"{name}_state_dict": part.state_dict() for name, part in parts_of(agent).items()}
+
+
+def describe_nan(iteration, storage, run_dir):
+    """Dump the rollout, and say what was not finite first."""
+    found = [(math.inf, "all that was read is finite, and what was learned from it is not")]
+    for name, x in storage.flatten_keys(" ").items():
+        for step, index, *column in (~x.isfinite()).nonzero()[:1].tolist():
+            value = x[(step, index, *column)]
+            found.append((step, f"{name} of environment {index}, column {column}, is {value} at step {step}"))
+    if run_dir:
+        torch.save(storage.to_dict(), run_dir / f"nan_{iteration}.pt")
+    return f"iteration {iteration}: {min(found, key=lambda x: x[0])[1]}; the rollout is in nan_{iteration}.pt"
+
+
+def log_iteration(metrics, times, samples, iteration, args, writer):
+    """Everything to the writer and, a line for each kind, to the console."""
+    collection, learning = (seconds_between(*pair) for pair in zip(times, times[1:]))
+    metrics |= {"Perf/collection_time": collection, "Perf/learning_time": learning}
+    metrics["Perf/total_fps"] = samples / (collection + learning)
+    for tag, value in metrics.items() if writer else ():
+        if not math.isnan(value):  # no episode ended
+            writer.add_scalar(tag, value, iteration)
+    eta = timedelta(seconds=round((args.max_iterations - iteration - 1) * (collection + learning)))
+    steps = (iteration + 1) * samples
+    print(f"\niteration {iteration + 1}/{args.max_iterations}  {steps:,} steps  ETA {eta}")
+    lines = {}
+    for tag, value in metrics.items():
+        kind, name = tag.split("/", 1)
+        lines.setdefault(kind, f"  {kind:8s}")
+        lines[kind] += f" {name} {value:.4g} "
+    print(*lines.values(), sep="\n", flush=True)
+    return metrics
+
+
+def experiment_dir(args):
+    name = f"{Path(__file__).stem}_{re.sub(r'[^A-Za-z0-9-]+', '_', args.env)}"
+    return Path(args.log_root or "logs").absolute() / (args.experiment_name or name)
+
+
+def make_run_dir(args, env):
+    """The run's folder, named by the time (UTC), with all that is needed to repeat it."""
+    if not args.log_root:
+        return None
+    stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d_%H-%M-%S-%f")
+    run_dir = experiment_dir(args) / re.sub(r"[^\w.-]+", "_", f"{stamp}_{args.run_name}").strip("_")
+    run_dir.mkdir(parents=True)
+    for name, value in (("args", asdict(args)), ("env", getattr(env, "cfg", None))):
+        (run_dir / f"{name}.txt").write_text(pprint.pformat(value, sort_dicts=False))
+    shutil.copy(__file__, run_dir)
+    here, command = Path(__file__).resolve().parent, "git rev-parse HEAD && git diff HEAD"
+    git = subprocess.run(command, shell=True, capture_output=True, cwd=here)
+    (run_dir / "git.diff").write_bytes(git.stdout)
+    return run_dir
+
+
+def make_writer(args, run_dir):
+    """An object with add_scalar(tag, value, iteration), or None."""
+    if run_dir is None or args.logger == "none":
+        return None
+    if args.logger not in ("tensorboard", "wandb"):
+        return find(args.logger, "--logger")(str(run_dir))
+    if args.logger == "wandb":
+        import wandb
+
+        settings = dict(name=run_dir.name, dir=run_dir, config=asdict(args), sync_tensorboard=True)
+        wandb.init(project=run_dir.parent.name, reinit="finish_previous", **settings)
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(log_dir=str(run_dir))
+
+
+def close(*things):
+    for thing in things:
+        if hasattr(thing, "close"):
+            thing.close()
+
+
+def save(path, agent, env, storage, iteration, args, row=-1):
+    """Write rsl_rl's format, and under `resume` the rest; atomically, so that a kill leaves no half file."""
+    resume = {
+        "args": asdict(args),
+        "obs": storage["obs"][-1, :1].to_dict(),  # an example, for what the networks are built to read
+        "num_actions": env.num_actions,
+        "row": storage.exclude("obs")[row].to_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if storage.is_cuda else None,
+        "env": env.state_dict() if hasattr(env, "state_dict") and row else None,
+    }
+    state = state_of(agent) | {"iter": iteration, "infos": None, "resume": resume}
+    torch.save(state, path.with_suffix(".partial"))
+    os.replace(path.with_suffix(".partial"), path)
+    upload(path, args)
+
+
+def upload(path, args):
+    if args.logger == "wandb" and path.exists():
+        import wandb
+
+        wandb.save(str(path), base_path=str(path.parent), policy="now")
+
+
+def find_checkpoint(args):
+    """What --wandb-run-path or --checkpoint, a path or a glob, names; else the newest of the experiment."""
+    folder = experiment_dir(args)
+    if args.wandb_run_path:
+        import wandb
+
+        run = wandb.Api().run(args.wandb_run_path)
+        files = {age(Path(file.name)): file for file in run.files() if file.name.startswith("model_")}
+        return Path(files[max(files)].download(root=str(folder / "wandb" / run.id), replace=True).name)
+    paths = glob.glob(args.checkpoint) or folder.glob(f"*/{args.checkpoint or 'model_*.pt'}")
+    files = [path for path in map(Path, paths) if path.is_file()]
+    if not files:
+        raise wrong(args, "checkpoint", f"no such file, neither here nor in a run of {folder}")
+    return max(files, key=age)
+
+
+def age(file):
+    return file.parent.name, int("0" + re.sub(r"\D", "", file.stem))
+
+
+def read_checkpoint(path, device):
+    """A checkpoint, ours or rsl_rl's, with the policy as `actor`. Weights only: others' could run code."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        policy = checkpoint.get("student_state_dict") or checkpoint["actor_state_dict"]
+    except Exception as error:
+        raise UserError(f"--checkpoint {path}: is no whole checkpoint ({first_line(error)})") from error
+    return checkpoint | {"actor_state_dict": policy}
+
+
+def restore(part, checkpoint, name, path):
+    try:
+        state = checkpoint[f"{name}_state_dict"]
+        for own, group in zip(getattr(part, "param_groups", ()), state.get("param_groups", ())):
+            own["lr"].fill_(float(group["lr"]))  # rsl_rl saves a float
+            group.update(own, params=group["params"])  # the rest, `fused` and so on, is this device's
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"--checkpoint {path}: {name} differs: {' '.join(str(error).split())}") from error
+
+
+def load(agent, env, storage, args):
+    """Continue a run (--resume) or start from a policy (--checkpoint); returns the first iteration to do."""
+    if not (args.resume or args.checkpoint or args.wandb_run_path):
+        return 0
+    path = find_checkpoint(args)
+    checkpoint = read_checkpoint(path, args.device)
+    resume = checkpoint.get("resume") or {"args": {}, "env": None}
+    for name, value in resume["args"].items():  # what does not always show in the tensors
+        network = re.match("activation|distribution|std_type|action_range|cnn_|rnn_", name)
+        if network and value != getattr(args, name, value):
+            raise wrong(args, name, f"{path} was trained with {value}")
+    if not args.resume:
+        print(f"starting from the policy of {path}")
+        policy, *_ = vars(agent).values()  # what acts comes first
+        restore(policy, checkpoint, "actor", path)
+        return 0
+    for name, part in parts_of(agent).items():
+        restore(part, checkpoint, name, path)
+    start = checkpoint["iter"] + 1
+    print(f"resuming {path} after its {start} iterations")
+    if start >= args.max_iterations:
+        raise wrong(args, "max_iterations", f"the checkpoint has finished {start} already")
+    same = [resume["args"].get(name) == getattr(args, name) for name in ("seed", "num_envs")]
+    if "rng" in resume and same[0]:
+        torch.set_rng_state(resume["rng"].cpu())
+        if resume["cuda_rng"] is not None and storage.is_cuda:
+            torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
+    if resume["env"] is not None and all(same) and env.load_state_dict(resume["env"]) is not False:
+        storage[-1].update_(resume["row"])
+        copy_groups(storage["obs"][-1], env.get_observations())
+    else:
+        print("the environment starts afresh: its state is not in the checkpoint, or not all of it")
+    return start
+
+
+# ---- Deploy ------------------------------------------------------------------------------------------------
+
+
+class Policy(nn.Module):
+    """The policy without noise, with its memory, if it has one: it is played, and traced it is policy.pt."""
+
+    def __init__(self, actor: Model, batch_size: int = 1):
+        super().__init__()
+        self.actor = actor
+        self.register_buffer("memory", actor.initial_memory(batch_size).to(actor.example.device))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        actions, *memory = self.actor.deploy(*inputs, *self.memory.unbind())
+        if memory:
+            self.memory.copy_(torch.stack(memory).detach())
+        return actions
+
+    @torch.jit.export
+    def reset(self, dones: Tensor | None = None) -> None:
+        """A new episode where dones (B,) is set, or everywhere."""
+        if dones is None:
+            self.memory.zero_()
+        else:
+            self.memory.masked_fill_(dones.to(torch.bool).unsqueeze(-1), 0.0)
+
+    @torch.no_grad()
+    def act(self, obs: TensorDict) -> Tensor:
+        """Observation groups (B, ...) -> actions (B, A)."""
+        obs = {
+            group: obs[group].to(x) for group, x in self.actor.example.items()
+        }  # in its type, on its device
+        return self(*self.actor.inputs(obs).values())
+
+
+def load_policy(path, args=None, env=None, batch_size: int = 1) -> Policy:
+    """A checkpoint's policy. rsl_rl's hold weights only: give the settings too, with the environment."""
+    device = args.device if args and args.device != "auto" else "cpu"
+    checkpoint = read_checkpoint(path, device)
+    if "resume" in checkpoint:
+        resume = checkpoint["resume"]
+        args = Args(**{name: value for name, value in resume["args"].items() if hasattr(Args, name)})
+        num_actions = resume["num_actions"]
+        obs = TensorDict(resume["obs"], batch_size=[1], device=device)
+    elif args is None:
+        raise UserError(f"--checkpoint {path}: holds weights only; load_policy(path, args)")
+    else:
+        env, mlp = env or make_env(args), re.compile(r"mlp\.\d+\.weight")
+        layers = [len(x) for name, x in checkpoint["actor_state_dict"].items() if mlp.fullmatch(name)]
+        hidden_dims = next(name for name in vars(args) if name.endswith("hidden_dims"))
+        args = replace(args, **{hidden_dims: tuple(layers[:-1])})
+        args = choose_groups(env.get_observations(), args)
+        obs, num_actions = read_obs(env, args), env.num_actions
+    actor = make_actor(obs, num_actions, args)
+    restore(actor, checkpoint, "actor", path)
+    return Policy(actor.eval(), batch_size)
+
+
+def export_policy(actor, folder):
+    """Write policy.pt (TorchScript, memory inside) and policy.onnx (memory outside), normaliser in both."""
+    import onnxruntime
+
+    folder.mkdir(parents=True, exist_ok=True)
+    actor = deepcopy(actor).cpu().eval()
+    inputs, memory = actor.inputs(actor.example.cpu().expand(2)), actor.initial_memory(2).unbind()
+    before, after = ([f"{name}_{end}" for name in "hc"[: len(memory)]] for end in ("in", "out"))
+    names = dict(input_names=[*inputs, *before], output_names=["actions", *after])
+    one, example = [x[:1] for x in inputs.values()], (*inputs.values(), *memory)
+    batch = torch.export.Dim("batch")
+    shapes = (*({0: batch} for _ in inputs), *({1: batch} for _ in memory))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        script = torch.jit.trace(Policy(actor), one)
+        script.reset()  # tracing has run it
+        script.save(str(folder / "policy.pt"))
+        expected = actor.deploy(*example)[0]
+        actor.forward = actor.deploy  # what ONNX is to run
+        options = dict(dynamic_shapes=(shapes,), dynamo=True, external_data=False, verbose=False)
+        torch.onnx.export(actor, example, folder / "policy.onnx", opset_version=18, **names, **options)
+    session = onnxruntime.InferenceSession(folder / "policy.onnx")
+    actions = session.run(["actions"], {name: x.numpy() for name, x in zip(names["input_names"], example)})[0]
+    for name, found in (("policy.pt", script(*one)), ("policy.onnx", torch.from_numpy(actions))):
+        difference = (found - expected[: len(found)]).abs().max().item()
+        if difference > 1e-4:
+            raise RuntimeError(f"{folder / name} differs from the policy by {difference:.1e}")
+        print(f"exported {folder / name}, which differs from the policy by at most {difference:.1e}")
+
+
+# ---- Command line ------------------------------------------------------------------------------------------
+
+
+def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
+    """One episode in each environment, of the policy or of --agent; returns means (envs/record.py)."""
+    check_args(args)
+    args = set_up_torch(args)
+    path = find_checkpoint(args) if args.agent == "policy" else experiment_dir(args) / f"{args.agent}.pt"
+    options = dict(num_envs=args.play_envs, play=True, terminations=args.terminations)
+    own = None if env else make_env(args, **options)
+    env = env or own
+    policy = load_policy(path, args, env, env.num_envs) if args.agent == "policy" else None
+    means = roll_out(env, policy, path.parent / f"play_{path.stem}", args)
+    close(own)
+    return means
+
+
+def roll_out(*arguments):
+    try:
+        from envs.record import roll_out
+    except ImportError as error:
+        raise UserError(f"to play, envs/record.py must be beside this script ({error})") from error
+    return roll_out(*arguments)
+
+
+def film(agent, path, args):
+    """One episode of the current policy, in an environment of its own."""
+    policy, *_ = vars(agent).values()
+    env = make_env(args, num_envs=1, play=True)
+    roll_out(env, Policy(deepcopy(policy).eval()), path, args)
+    close(env)
+    upload(path.with_suffix(".gif"), args)
+
+
+def attempt(fn, *arguments):
+    """What goes wrong here costs no training."""
+    try:
+        fn(*arguments)
+    except Exception as error:
+        print(f"no {fn.__name__}: {first_line(error)}")
+
+
+def main():
+    try:
+        first = tyro.cli(Args, args=[x for x in sys.argv[1:] if x not in ("-h", "--help")])
+        try:
+            from envs import defaults
+
+            tuned = defaults(first.env, vars(first)) if first.env_defaults else {}
+        except ModuleNotFoundError:  # a copied script has no envs/ beside it
+            tuned = {}
+        args = tyro.cli(Args, default=Args(env=first.env, **tuned))
         if args.play:
             play(args)
         elif args.export:
-            path = find_checkpoint(args)
-            export_policy(load_policy(path, args=args).module, path.parent / "exported")
+            args, path = set_up_torch(args), find_checkpoint(args)
+            export_policy(load_policy(path, args).actor, path.parent / "exported")
         else:
             train(args)
-    except (UserError, FloatingPointError) as error:
+    except (UserError, FloatingPointError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

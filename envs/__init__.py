@@ -53,17 +53,27 @@ def make(env_id: str, num_envs: int, device: str = "cpu", seed: int = 0, **optio
     raise ValueError(f"--env {env_id}: there is no such environment; there are {known}")
 
 
-def defaults(env_id: str) -> dict:
+def defaults(env_id: str, fields=None) -> dict:
     """The settings a task is best trained with, as `Args` field names to values; empty where it has none.
 
-    Those of distill_dagger.py, another algorithm, are a dict of their own under `distillation`.
+    Args:
+        env_id: as for `make`.
+        fields: names of the settings that a script has. Others are left out; and a script with a `teacher` takes those that
+            the task recommends for distillation, and of the rest what concerns environments and networks.
     """
     if env_id in BUILT_IN:
-        return importlib.import_module(f".{BUILT_IN[env_id][0]}", __name__).DEFAULTS.get(env_id, {})
-    prefix, _, name = env_id.partition(":")
-    if name and prefix in SIMULATORS:
-        return _simulator(prefix).defaults(name)
-    return {}
+        settings = importlib.import_module(f".{BUILT_IN[env_id][0]}", __name__).DEFAULTS.get(env_id, {})
+    else:
+        prefix, _, name = env_id.partition(":")
+        settings = _simulator(prefix).defaults(name) if name and prefix in SIMULATORS else {}
+    if fields is None:
+        return settings
+    if "teacher" in fields:
+        renamed = {name.replace("actor_", "student_"): value for name, value in settings.items()}
+        wanted = ("num_envs", "clip_actions", "activation", "student_hidden_dims")
+        shared = {name: value for name, value in renamed.items() if name in wanted or name.startswith("cnn_")}
+        settings = shared | settings.get("distillation", {})
+    return {name: value for name, value in settings.items() if name in fields}
 
 
 def _simulator(prefix: str):

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
+import sys
 
 import torch
 from tensordict import TensorDict
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed. It would return large blocks to the kernel, which clears every page anew: on a CPU a
+    third of the time of a training with small networks, whoever's it is."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest there is: blocks below it come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at the heap's end stays
 
 
 class TorchEnv:
@@ -33,6 +46,8 @@ class TorchEnv:
         self.num_envs, self.num_actions, self.step_dt = num_envs, num_actions, step_dt
         self.max_episode_length = math.ceil(episode_length_s / step_dt)  # env steps
         self.device = torch.device(device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = torch.get_default_dtype()
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.terminations = terminations
@@ -69,16 +84,20 @@ class TorchEnv:
         return self._obs.clone()
 
     def step(self, actions: torch.Tensor) -> tuple[TensorDict, torch.Tensor, torch.Tensor, dict]:
-        self._episode_length += 1
-        rewards, terminated, log = self._advance(actions.to(self.dtype))
-        terminated = terminated & self.terminations
-        time_outs = (self._episode_length >= self.max_episode_length) & ~terminated
-        dones = terminated | time_outs
-        final_obs = self._observe()
-        self._reset(dones)
-        self._episode_length.masked_fill_(dones, 0)
-        self._obs.update_(self._observe())
-        return self._obs.clone(), rewards, dones, {"time_outs": time_outs, "final_obs": final_obs, "log": log}
+        # Inference mode makes small operations a third cheaper. What is made in it cannot be changed outside of it, so only
+        # tasks that keep their state in place run in it, and what is returned is copied outside.
+        with torch.inference_mode(vars(type(self)).get("capturable", False)):
+            self._episode_length += 1
+            rewards, terminated, log = self._advance(actions.to(self.dtype))
+            terminated = terminated & self.terminations
+            time_outs = (self._episode_length >= self.max_episode_length) & ~terminated
+            dones = terminated | time_outs
+            final_obs = self._observe()
+            self._reset(dones)
+            self._episode_length.masked_fill_(dones, 0)
+            self._obs.update_(self._observe())
+        extras = {"time_outs": time_outs.clone(), "final_obs": final_obs.clone(), "log": {k: x.clone() for k, x in log.items()}}
+        return self._obs.clone(), rewards.clone(), dones.clone(), extras
 
     def reset_all(self) -> None:
         """Start a new episode everywhere."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import pathlib
+import types
 import weakref
 from collections import Counter
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 TESTS = pathlib.Path(__file__).resolve().parent
 WAITING = {"_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "item", "equal", "is_nonzero"}
 HOST_METHODS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
-HOST_ONLY = {"_local_scalar_dense", "item", "is_nonzero", "_record_function_enter_new", "_record_function_exit"}
+HOST_ONLY = {"_local_scalar_dense", "item", "is_nonzero"}
 VIEWS_BY_SCHEMA = {"detach", "lift_fresh", "alias"}
 
 
@@ -36,12 +39,11 @@ class Operations(TorchDispatchMode):
         if parts is not NotImplemented:
             return parts
         result = func(*args, **(kwargs or {}))
-        if not is_view(func) and name not in HOST_ONLY:
+        if not is_view(func) and name not in HOST_ONLY and not name.startswith("profiler::"):
             self.kernels[name] += 1
         if name in COPIES and torch.is_tensor(result):
             self.copied += result.numel() * result.element_size()
-        masks = [x for x in (args[1] if name in ("index", "index_put_", "index_put") else []) if x is not None]
-        if name in WAITING or any(x.dtype in (torch.bool, torch.uint8) for x in masks):
+        if waits(func, args):
             self.waits[name] += 1
         return result
 
@@ -62,6 +64,13 @@ class Memory(TorchDispatchMode):
                 weakref.finalize(storage, self.sizes.pop, storage._cdata)
                 self.peak = max(self.peak, sum(self.sizes.values()))
         return result
+
+
+def waits(func, args) -> bool:
+    """Whether a GPU would have to be waited for: a value is read, or the shape of the result depends on one."""
+    name = func._schema.name.removeprefix("aten::")
+    masks = [x for x in (args[1] if name in ("index", "index_put_", "index_put") else []) if x is not None]
+    return name in WAITING or any(x.dtype in (torch.bool, torch.uint8) for x in masks)
 
 
 def is_view(func) -> bool:
@@ -91,34 +100,63 @@ def host_reads():
             setattr(torch.Tensor, name, method)
 
 
-class EmulatedGraph(TorchDispatchMode):
-    """Stands in for a script's CudaGraph on a CPU: records the third call's kernels and replays them on the same memory.
-
-    Like a CUDA graph it knows tensors by their memory and numbers by their value at recording: whatever a function keeps
-    in Python (a counter, a rebound tensor, a branch on a value) is frozen, and the replayed run departs from the eager one.
-    """
-
-    enabled_everywhere = True
-
-    def __init__(self, fn, *args, enabled: bool = True, generators=()):
-        super().__init__()
-        self.fn, self.args, self.calls, self.tape, self.result = fn, args, 0, None, None
+class Forbid(TorchDispatchMode):
+    """In here whatever would wait for a GPU raises, as under torch.cuda.set_sync_debug_mode("error") and in a capture."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        if name in WAITING:
-            raise RuntimeError(f"{name} inside a captured function: a CUDA graph cannot wait for the host")
-        if name == "lift_fresh":
-            raise RuntimeError("torch.tensor inside a captured function: on CUDA that copies from the host, and waits")
-        result = func(*args, **kwargs)
-        if not is_view(func):
-            self.tape.append((func, args, kwargs, result))
+        if waits(func, args) or name == "lift_fresh":  # torch.tensor on CUDA copies from the host
+            raise RuntimeError(f"{name} would wait for the device")
+        result = func(*args, **(kwargs or {}))
+        self.launched(func, args, kwargs or {}, result)
         return result
+
+    def launched(self, *call):
+        pass
+
+    def __enter__(self):
+        def refuse(x, name, *args, **kwargs):
+            raise RuntimeError(f"Tensor.{name} would wait for the device")
+
+        self.patches = contextlib.ExitStack()
+        for name in HOST_METHODS:
+            self.patches.enter_context(mock.patch.object(torch.Tensor, name, functools.partialmethod(refuse, name)))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patches.close()
+        return super().__exit__(*error)
+
+
+class EmulatedGraph(Forbid):
+    """Stands in for torch.cuda.CUDAGraph on a CPU: keeps the kernels that it records, and replays them on the same memory.
+
+    Like a CUDA graph it knows tensors by their memory and numbers by their value at recording: whatever a function keeps in
+    Python (a counter, a rebound tensor, a branch on a value) is frozen, and the replayed run departs from the eager one. It
+    knows no random stream but torch's own and those that are registered.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.tape, self.generators, self.launches = [], [], 0
+
+    def register_generator_state(self, generator):
+        self.generators.append(generator._cdata)
+
+    def launched(self, func, args, kwargs, result):
+        generator = kwargs.get("generator")
+        if generator is not None and generator._cdata not in self.generators:
+            raise RuntimeError("this generator is not registered with the graph that is recorded")
+        if func._schema.name.startswith("aten::randperm"):
+            raise RuntimeError("a graph would draw the same permutation at each replay")
+        if not is_view(func):
+            # What a tensor is now, whatever Python makes of the object later: `x.data = y` changes no graph.
+            self.tape.append(tree_map_only(torch.Tensor, torch.Tensor.detach, (func, args, kwargs, result)))
 
     @torch.no_grad()
     def replay(self) -> None:
-        for func, args, kwargs, result in self.tape:
+        self.launches += 1
+        for func, args, kwargs, result in self.tape if self.launches > 1 else ():  # the first have run while they were recorded
             again = func(*args, **kwargs)
             old = result if isinstance(result, (tuple, list)) else [result]
             new = again if isinstance(again, (tuple, list)) else [again]
@@ -126,15 +164,82 @@ class EmulatedGraph(TorchDispatchMode):
                 if isinstance(before, torch.Tensor) and before.data_ptr() != after.data_ptr():
                     before.data.copy_(after)
 
-    def __call__(self):
-        self.calls += 1
-        if self.calls <= 2:
-            return self.fn(*self.args)
-        if self.tape is None:
-            self.tape = []
-            # Composite operations reach a mode whole under inference_mode, and in parts without it. Graphs know no such mode.
-            with mock.patch.object(torch, "inference_mode", lambda mode: contextlib.nullcontext()), self:
-                self.result = self.fn(*self.args)
-        else:
-            self.replay()
-        return self.result
+
+@contextlib.contextmanager
+def emulated_cuda():
+    """What a script's `Graphed` asks of torch.cuda, on a CPU. Yields the graphs that it makes, and the debug modes it sets."""
+    made, modes, forbid = [], ["default"], Forbid()
+
+    def new_graph():
+        made.append(EmulatedGraph())
+        return made[-1]
+
+    @contextlib.contextmanager
+    def record(graph, pool=None, capture_error_mode="global"):
+        # Composite operations reach a mode whole under inference_mode, and in parts without it. Graphs know no such mode.
+        with mock.patch.object(torch, "inference_mode", lambda mode=True: contextlib.nullcontext()):
+            try:
+                with graph:
+                    yield
+            except RuntimeError:
+                raise RuntimeError("the capture failed")  # noqa: B904  (so it says too; what failed is its __context__)
+
+    def set_sync_debug_mode(mode):
+        if modes[-1] == "error" != mode:
+            forbid.__exit__(None, None, None)
+        if mode == "error" != modes[-1]:
+            forbid.__enter__()
+        modes.append(mode)
+
+    stand_ins = dict(graph=record, set_sync_debug_mode=set_sync_debug_mode, graph_pool_handle=lambda: None)
+    with mock.patch.multiple(torch.cuda, CUDAGraph=new_graph, **stand_ins):
+        yield types.SimpleNamespace(graphs=made, modes=modes)
+
+
+@contextlib.contextmanager
+def fused_optimizer(module):
+    """The script's optimizer as it is on CUDA: fused and its learning rate in float32. torch's other ones wait on a CPU."""
+    make_optimizer = module.make_optimizer
+
+    def make(*args):
+        optimizer = make_optimizer(*args)
+        lr = optimizer.param_groups[0]["lr"].float()  # one for all groups
+        for group in optimizer.param_groups:
+            group.update(fused=True, lr=lr)
+        return optimizer
+
+    with mock.patch.object(module, "make_optimizer", make):
+        yield
+
+
+@contextlib.contextmanager
+def emulated(module, whole: bool):
+    """A script trains on a CPU as it does on CUDA, by its own `graphed` and `Graphed`: update and, `whole`, rollout as graphs;
+    else each policy step. Yields what `emulated_cuda` does."""
+    graphed = module.graphed
+
+    def on_cuda(args, env, *functions):
+        env = type("Env", (), {"capturable": whole})()
+        return graphed(dataclasses.replace(args, device="cuda", cuda_graphs=True), env, *functions)
+
+    with emulated_cuda() as cuda, fused_optimizer(module), mock.patch.object(module, "graphed", on_cuda):
+        yield cuda
+
+
+def check_replay(module, args, make_env, whole: bool) -> None:
+    """A run that replays the kernels of its third iteration gives the eager run's numbers and parts, to the last bit."""
+    with fused_optimizer(module):
+        eager = module.train(args, make_env())
+    with emulated(module, whole) as cuda:
+        replayed = module.train(args, make_env())
+    # One graph for the update, and one for the rollout or each of its steps; used in every iteration but the first two.
+    assert [graph.launches for graph in cuda.graphs] == [len(replayed) - 2] * (2 if whole else args.num_steps_per_env + 1)
+    assert len(replayed) > 3 and cuda.modes[-1] == "default"
+    for iteration, pair in enumerate(zip(replayed, eager, strict=True)):
+        ours, expected = ({tag: x for tag, x in metrics.items() if "Perf" not in tag} for metrics in pair)
+        assert str(ours) == str(expected), f"iteration {iteration}"  # as text, so that NaN equals NaN
+    for name, part in vars(eager.agent).items():
+        if hasattr(part, "state_dict"):
+            ours, expected = (tree_flatten(x.state_dict()) for x in (vars(replayed.agent)[name], part))
+            assert ours[1] == expected[1], name
+            assert all(x == y if not torch.is_tensor(x) else torch.equal(x, y) for x, y in zip(ours[0], expected[0])), name

@@ -6,14 +6,19 @@ Also an environment that goes wrong on one rank: `--env rank_worker:make` with F
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib.util
+import math
 import os
 import pathlib
 import signal
 import sys
 import time
+import types
+from collections import Counter
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,14 +26,12 @@ import torch.distributed as dist
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parent.parent), str(pathlib.Path(__file__).resolve().parent)]
 from envs.cartpole import Cartpole  # noqa: E402
 
-SMALL = dict(
-    env="cartpole", num_envs=32, max_iterations=10, actor_hidden_dims=(16, 16), critic_hidden_dims=(16, 16), log_root=""
-)
-SMALL |= dict(actor_obs=("policy",), critic_obs=("policy",))
+SMALL = dict(env="cartpole", num_envs=32, max_iterations=10, actor_hidden_dims=(16, 16), critic_hidden_dims=(16, 16))
+SMALL |= dict(actor_obs=("policy",), critic_obs=("policy",), log_root="", device="cpu")
 
 
 class Faulty(Cartpole):
-    """At the given step of the given rank it kills the process, raises, hangs or returns NaN; not again after a restart."""
+    """At a step of a rank it kills the process, there or when it saves, raises, hangs or returns NaN; not after a restart."""
 
     def __init__(self, num_envs, device, seed):
         self.kind, rank, step = os.environ.get("FAULT", "none 0 0").split()
@@ -41,6 +44,11 @@ class Faulty(Cartpole):
         if self.kind == "shape" and self.faulty:
             obs["policy"] = torch.cat((obs["policy"], obs["policy"][:, :1]), 1)
         return obs
+
+    def state_dict(self):
+        if self.kind == "save" and self.faulty and self.steps >= self.fault_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().state_dict()
 
     def step(self, actions):
         self.steps += 1
@@ -63,43 +71,41 @@ def make(num_envs, device, seed):
     return Faulty(num_envs, device, seed)
 
 
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "gather_object", "barrier")
+
+
+def weights_of(agent: Any) -> dict[str, torch.Tensor]:
+    models = {name: part for name, part in vars(agent).items() if isinstance(part, torch.nn.Module)}
+    return {f"{name} {key}": x.clone() for name, part in models.items() for key, x in part.state_dict().items()}
+
+
 def train_and_watch(module: Any, args: Any) -> dict:
-    """History, the weights after every iteration, and the number of collectives of every iteration."""
-    agent, weights, calls = {}, [], []
-    originals = {name: getattr(module, name) for name in ("tensors_of", "log_iteration")}
-    collectives = ("all_reduce", "all_gather_object", "broadcast", "gather_object")
-    functions = {name: getattr(dist, name) for name in collectives}
+    """The metrics, the weights after every iteration, and the number of collectives of every iteration."""
+    agents, weights, calls, counts = [], [], [], Counter()
+    make_agent, log_iteration = module.make_agent, module.log_iteration
 
-    def tensors_of(parts):
-        agent.update(parts)
-        return originals["tensors_of"](parts)
+    def noted(*arguments):
+        agents.append(make_agent(*arguments))
+        return agents[-1]
 
-    def log_iteration(*args):
-        weights.append(
-            {f"{name} {key}": x.clone() for name in ("actor", "critic") for key, x in agent[name].state_dict().items()}
-        )
-        calls.append(dict.fromkeys(collectives, 0))
+    def after_iteration(*arguments):
+        weights.append(weights_of(agents[0]))
+        calls.append(dict(counts))
+        counts.clear()
+        return log_iteration(*arguments)
 
-    def counted(name):
-        def function(*args, **kwargs):
-            if calls:
-                calls[-1][name] += 1
-            return functions[name](*args, **kwargs)
+    def counted(name, function):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
 
-        return function
+        return call
 
-    module.tensors_of, module.log_iteration = tensors_of, log_iteration
-    for name in collectives:
-        setattr(dist, name, counted(name))
-    try:
-        with contextlib.redirect_stdout(None):
-            history = module.train(args)
-    finally:
-        for name, function in originals.items():
-            setattr(module, name, function)
-        for name, function in functions.items():
-            setattr(dist, name, function)
-    return {"history": history, "weights": weights, "calls": calls[:-1]}
+    collectives = {name: counted(name, getattr(dist, name)) for name in COLLECTIVES}
+    watched = mock.patch.multiple(module, make_agent=noted, log_iteration=after_iteration)
+    with watched, mock.patch.multiple(dist, **collectives), contextlib.redirect_stdout(None):
+        history = module.train(args)
+    return {"history": list(history), "weights": weights, "calls": calls}
 
 
 def reference_run(args: Any) -> dict:
@@ -119,7 +125,7 @@ def reference_run(args: Any) -> dict:
 
     OnPolicyRunner._configure_multi_gpu = configure
     history, runner = reference.run(args, make_env(args.env, args.num_envs, seed=args.seed))
-    weights = {f"{name} {k}": x for name in ("actor", "critic") for k, x in getattr(runner.alg, name).state_dict().items()}
+    weights = weights_of(types.SimpleNamespace(actor=runner.alg.actor, critic=runner.alg.critic))
     dist.destroy_process_group()
     return {"history": history, "weights": weights}
 
@@ -129,57 +135,69 @@ def parity(**settings) -> dict:
     import ppo_multigpu
 
     torch.set_default_dtype(torch.float64)
-    args = ppo_multigpu.Args(**SMALL | dict(timeout_bootstrap="reference") | settings)
+    args = ppo_multigpu.Args(**SMALL | dict(timeout_bootstrap="value") | settings)
     theirs = reference_run(dataclasses.replace(args, seed=args.seed + 10_000 * int(os.environ["RANK"])))
     return {"ours": train_and_watch(ppo_multigpu, args), "theirs": theirs}
 
 
 def pieces() -> dict:
-    """Normaliser, normalised advantages and gradients of this rank, and what they are made of."""
+    """Normaliser, normalised advantages and metrics of this rank, and what they are made of."""
     import ppo_multigpu as module
 
     torch.set_default_dtype(torch.float64)
     result = {}
 
-    @module.distributed
+    @module.on_all_ranks
     def in_group(args, env=None):
         torch.manual_seed(args.seed)
+        rank = dist.get_rank()
         normalizer = module.EmpiricalNormalization(3)
-        result["x"] = [torch.randn(20, 3) * (1 + dist.get_rank()) + i for i in range(2)]
+        result["x"] = [torch.randn(20, 3) * (1 + rank) + i for i in range(2)]
         for x in result["x"]:
             normalizer.update(x)
         result["normalizer"] = normalizer.state_dict()
         env = Cartpole(4, seed=args.seed)
-        actor, _ = module.make_models(env.get_observations(), 1, args)
-        storage = module.make_storage(env.get_observations(), 1, actor, args)
-        storage["rewards"].normal_(mean=float(dist.get_rank()))
+        obs = env.get_observations()
+        storage = module.make_storage(module.make_agent(env, obs, args), obs, 1, args)
+        storage["rewards"].normal_(mean=float(rank))
         result["local"] = module.compute_gae(storage, args)[0]
         result["global"] = module.compute_gae(storage, dataclasses.replace(args, normalize_advantage_over_ranks=True))[0]
+        metrics = {"Train/both": 1.0 + rank, "Train/one": math.nan if rank else 5.0, "Loss/finite": 1.0 - rank}
+        result["metrics"] = module.average_metrics(metrics | {f"Episode/of {rank}": 7.0, "Train/none": math.nan})
 
-    in_group(module.Args(**SMALL | dict(num_envs=4)), None)
+    in_group(module.Args(**SMALL | dict(num_envs=4)))
     return result
 
 
-def composed(path: str, **settings) -> dict:
+def composed(path: str, settings: dict) -> dict:
     """Train with a script that was merged from two variants."""
-    sys.path.insert(0, str(pathlib.Path(path).parent))
-    module = importlib.import_module(pathlib.Path(path).stem)
-    return train_and_watch(module, module.Args(**SMALL | dict(max_iterations=2, num_envs=16) | settings))
+    module = load(path)
+    return train_and_watch(module, module.Args(**settings))
 
 
-def run_rank(rank: int, world_size: int, folder: str, script, argv: list, environ: dict[str, str]) -> None:
+def load(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_rank(rank: int, world_size: int, folder: pathlib.Path, script, argv: list, environ: dict[str, str]) -> None:
     """The life of one rank's process: a script's command line, or a task of this file with its result in <rank>.pt."""
     os.environ |= environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.chdir(folder)
+    if "NETNS" in os.environ:  # each rank on a host of its own
+        name = os.environ["NETNS"].split()[rank]
+        assert ctypes.CDLL(None).setns(os.open(f"/var/run/netns/{name}", os.O_RDONLY), 0) == 0
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     torch.set_num_threads(1)
     if script:
         sys.argv = [str(script), *argv]
-        spec = importlib.util.spec_from_file_location(pathlib.Path(script).stem, script)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        module = load(script)
+        if os.environ.get("NO_EXPORT"):  # which takes torch longer than all else here
+            module.export_policy = lambda *_: None
         module.main()
     else:
         torch.save(globals()[argv[0]](**argv[1]), f"{rank}.pt")

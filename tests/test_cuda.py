@@ -4,8 +4,11 @@ A CPU holds the same rules by other means: test_synchronisation.py trains on tor
 """
 
 import math
+import subprocess
+import sys
 
 import cases
+import instruments
 import pytest
 import torch
 
@@ -25,17 +28,6 @@ def train(script, env_id, settings, **more):
     return module.train(module.Args(env=env_id, device="cuda", **(cases.SHORT | dict(max_iterations=5) | settings | more)))
 
 
-def around(function, before, after):
-    def call():
-        before()
-        try:
-            return function()
-        finally:
-            after()
-
-    return call
-
-
 @EVERYWHERE
 def test_captured_run_equals_eager_run(script, env_id, settings):
     """The same kernels on the same random numbers; a thousandth is for what cuBLAS may choose otherwise inside a graph."""
@@ -49,37 +41,51 @@ def test_captured_run_equals_eager_run(script, env_id, settings):
 
 @EVERYWHERE
 def test_nothing_waits(script, env_id, settings, monkeypatch):
-    module = __import__(script)
-    capture, debug = module.capture, torch.cuda.set_sync_debug_mode
+    """From where the training starts on: only `to_host` may, once per iteration."""
+    module, debug = __import__(script), torch.cuda.set_sync_debug_mode
+    graphed, to_host, reads = module.graphed, module.to_host, []
 
-    def watched(*args):
-        return tuple(around(f, lambda: debug("error"), lambda: debug("default")) for f in capture(*args))
+    def watched_from_here(*args):
+        debug("error")
+        return graphed(*args)
 
-    monkeypatch.setattr(module, "capture", watched)
-    assert len(train(script, env_id, settings, cuda_graphs=False)) == 5  # recording a graph itself may wait
+    def reading(metrics):
+        debug("default")
+        reads.append(1)
+        numbers = to_host(metrics)
+        debug("error")
+        return numbers
+
+    monkeypatch.setattr(module, "graphed", watched_from_here)
+    monkeypatch.setattr(module, "to_host", reading)
+    try:
+        train(script, env_id, settings, cuda_graphs=False)  # recording a graph itself may wait
+    finally:
+        debug("default")
+    assert len(reads) == 5
 
 
 @pytest.mark.parametrize("part", ["collect", "update"])
 def test_one_graph_launch(part, monkeypatch):
     import ppo_continuous as module
 
-    capture, launches = module.capture, []
+    graphed, launches = module.graphed, []
 
     def watched(*args):
         def profiled(function):
-            def call():
+            def call(*arguments):
                 with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
-                    result = function()
+                    result = function(*arguments)
                 names = [event.name for event in profile.events()]
-                launches.append((names.count("cudaGraphLaunch"), names.count("cudaLaunchKernel")))
+                launches.append((names.count("cudaGraphLaunch"), sum("LaunchKernel" in name for name in names)))
                 return result
 
             return call
 
-        collect, update = capture(*args)
-        return (profiled(collect), update) if part == "collect" else (collect, profiled(update))
+        collect, act, update = graphed(*args)
+        return (profiled(collect), act, update) if part == "collect" else (collect, act, profiled(update))
 
-    monkeypatch.setattr(module, "capture", watched)
+    monkeypatch.setattr(module, "graphed", watched)
     train("ppo_continuous", "quadruped", {})
     # A graph that draws also sets the seed and the offset of each of its two random streams.
     assert launches[0][1] > 100 and launches[-1] in ([(1, 4)] if part == "collect" else [(1, 0)]), launches
@@ -90,23 +96,26 @@ def test_a_nan_leaves_the_weights(monkeypatch):
     import ppo_continuous as module
 
     env, args = make("cartpole", 16, device="cuda"), module.Args(env="cartpole", device="cuda", **cases.SHORT, max_iterations=9)
-    agent, fetch, calls, weights = {}, module.fetch, [], []
-    tensors_of = module.tensors_of
-    monkeypatch.setattr(module, "tensors_of", lambda parts: agent.update(parts) or tensors_of(parts))
+    agents, make_agent, to_host, calls, weights = [], module.make_agent, module.to_host, [], []
+
+    def keep(*arguments):
+        agents.append(make_agent(*arguments))
+        return agents[-1]
 
     def spoil(metrics):
         calls.append(1)
         if len(calls) == 4:  # what the next rollout starts from
-            weights.extend(p.detach().clone() for p in agent["actor"].parameters())
+            weights.extend(p.detach().clone() for p in agents[0].actor.parameters())
             for value in vars(env).values():
                 if torch.is_tensor(value) and value.is_floating_point():
                     value.fill_(math.nan)
-        return fetch(metrics)
+        return to_host(metrics)
 
-    monkeypatch.setattr(module, "fetch", spoil)
+    monkeypatch.setattr(module, "make_agent", keep)
+    monkeypatch.setattr(module, "to_host", spoil)
     with pytest.raises(FloatingPointError, match="iteration 4"):
         module.train(args, env)
-    assert all(torch.equal(p, before) for p, before in zip(agent["actor"].parameters(), weights, strict=True))
+    assert all(torch.equal(p, before) for p, before in zip(agents[0].actor.parameters(), weights, strict=True))
 
 
 def test_what_waits_is_not_captured(capsys):
@@ -121,12 +130,41 @@ def test_what_waits_is_not_captured(capsys):
         return y.add_(x).clone()
 
     for function in (waits, never):
-        graph = module.CudaGraph(function, enabled=True)
-        for _ in range(4):
-            graph()
-        assert (graph.graph is None) == (function is waits)
-    line = f"waits runs without a CUDA graph, since {__file__}:{waits.__code__.co_firstlineno + 1} waits for the device\n"
-    assert y.item() == 8.0 and capsys.readouterr().out == line
+        graph = module.Graphed(function, torch.cuda.graph_pool_handle())
+        results = [graph() for _ in range(4)]
+        assert len(graph.graphs) == (function is never)
+    where = f"{__file__}:{waits.__code__.co_firstlineno + 1} cannot be in a CUDA graph (RuntimeError: called a synchronizing"
+    said = capsys.readouterr().out
+    assert results[-1].item() == y.item() == 8.0 and said.startswith(f"waits runs without: {where}") and said.count("\n") == 1
+
+
+FORBIDDEN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import ppo_continuous as script
+
+def rollout(x):
+    torch.cuda.synchronize()  # which the debug mode does not see
+    return x + 1
+
+graph, x = script.Graphed(rollout, torch.cuda.graph_pool_handle()), torch.ones(1, device="cuda")
+try:
+    for _ in range(3):
+        graph(x)
+except script.UserError as error:
+    print(error)
+"""
+
+
+def test_what_cannot_be_recorded_is_an_error(tmp_path):
+    """In a process of its own, since torch cannot go on."""
+    path = tmp_path / "forbidden.py"
+    path.write_text(FORBIDDEN)
+    run = subprocess.run([sys.executable, path, instruments.TESTS.parent], capture_output=True, text=True)
+    said = run.stdout.strip().splitlines()[-1:]
+    assert said and said[0].startswith(f"--cuda-graphs: {path}:8 cannot be in a CUDA graph ("), (run.stdout, run.stderr)
+    assert said[0].endswith("; use --no-cuda-graphs")
 
 
 def test_memory_against_the_reference():
@@ -136,9 +174,9 @@ def test_memory_against_the_reference():
     import ppo_continuous as module
 
     args = module.Args(
-        env="quadruped", num_envs=4096, max_iterations=4, device="cuda", log_root="", timeout_bootstrap="reference"
-    )
-    args.actor_obs, args.critic_obs = ("policy",), ("policy", "privileged")
+        env="quadruped", num_envs=4096, max_iterations=4, device="cuda", log_root="", timeout_bootstrap="value",
+        actor_obs=("policy",), critic_obs=("policy", "privileged"),
+    )  # fmt: skip
 
     def peak(function) -> int:
         torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ results, over the norm of the step that the eager update takes.
 
 import copy
 import dataclasses
+import functools
 import importlib
 import pathlib
 import shutil
@@ -19,67 +20,63 @@ import ppo_continuous as module
 from envs import make
 
 
+@functools.cache
 def rollout_and_agent():
-    """A trained agent and a full storage, caught at the start of the fourth update."""
-    args = module.Args(**(cases.SMALL | dict(num_envs=64, max_iterations=4, timeout_bootstrap="final_obs")))
-    caught, update = [], module.update
+    """A trained agent and a full storage, caught at the start of the fourth update; and the settings."""
+    settings = dict(env="cartpole", num_envs=64, max_iterations=4, timeout_bootstrap="final_obs", device="cpu")
+    args, caught = module.Args(**(cases.SMALL | settings)), []
 
-    def spy(actor, critic, optimizer, storage, permutation, step_fn, args):
-        caught[:] = [copy.deepcopy((actor, critic, optimizer, storage, permutation))]
-        return update(actor, critic, optimizer, storage, permutation, step_fn, args)
+    def spy(agent, storage, args):
+        caught[:] = [copy.deepcopy((agent, storage))]
+        return update(agent, storage, args)
 
-    module.update = spy
+    update, module.update = module.update, spy
     try:
         module.train(args, make("cartpole", 64))
     finally:
         module.update = update
-    return caught[0], args
+    return *caught[0], args
 
 
-def weights_after(state, args, step_fn) -> tuple[torch.Tensor, torch.Tensor]:
-    """The flat weights before and after one update from a copy of `state`."""
-    actor, critic, optimizer, storage, permutation = copy.deepcopy(state)
-    parameters = [*actor.parameters(), *critic.parameters()]
-    saved, optimizer = optimizer.state_dict(), module.FlatOptimizer(parameters, args.learning_rate)  # copies are no views
-    optimizer.load_state_dict(saved)
+def weights_after(**settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """The flat weights before and after one update of a copy of what was caught."""
+    agent, storage, args = copy.deepcopy(rollout_and_agent())
+    parameters = [*agent.actor.parameters(), *agent.critic.parameters()]
     before = torch.cat([p.detach().flatten() for p in parameters])
-    module.update(actor, critic, optimizer, storage, permutation, step_fn, args)
+    module.update(agent, storage, dataclasses.replace(args, **settings))
     return before, torch.cat([p.detach().flatten() for p in parameters])
 
 
-def drift(args, step_fn, **settings) -> float:
-    state, args = rollout_and_agent() if args is None else args
-    before, eager = weights_after(state, args, module.mini_batch_step)
-    for name, value in settings.items():
-        setattr(args, name, value)
-    _, fast = weights_after(state, args, step_fn)
+def forget_what_was_compiled():
+    """As in a new process; of a distribution's KL divergence too, which torch looks up once, by what breaks a graph."""
+    torch._dynamo.reset()
+    torch._dynamo.config.allow_rnn = False
+    counters.clear()
+    torch.distributions.kl._KL_MEMOIZE.clear()
+    for script in COMPILED:
+        importlib.import_module(script).compiled.cache_clear()
+
+
+def drift(**settings) -> float:
+    before, eager = weights_after()
+    forget_what_was_compiled()
+    _, fast = weights_after(**settings)
     assert not torch.equal(eager, before)
     return ((fast - eager).norm() / (eager - before).norm()).item()
 
 
 def test_eager_update_repeats_exactly():
-    assert drift(None, module.mini_batch_step) == 0.0
+    assert drift() == 0.0
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 
 
 @needs_compiler
-def test_compiled_step_is_one_graph(monkeypatch):
-    """Loss, gradient, clipping, learning rate and Adam: nothing breaks the graph."""
-    monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
-    assert drift(None, torch.compile(module.mini_batch_step, fullgraph=True, dynamic=False)) <= 2e-5
-
-
-@needs_compiler
-def test_compiled_learning_rate_moves():
-    """What a compiled step writes into a float64 number on a CPU is lost, unless it is a view of something."""
-    args = module.Args(
-        env="cartpole", num_envs=16, max_iterations=3, log_root="", actor_hidden_dims=(8,), critic_hidden_dims=(8,)
-    )
-    eager = [metrics["Loss/learning_rate"] for metrics in module.train(args)]
-    compiled = [metrics["Loss/learning_rate"] for metrics in module.train(dataclasses.replace(args, compile=True))]
-    assert compiled == eager and len(set(eager)) > 1, (compiled, eager)
+def test_compiled_update():
+    """The loss is one graph, compiled once for all mini-batches; nothing breaks it."""
+    assert drift(compile=True) <= 2e-5
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], counters
 
 
 # The learning rate is fixed: the adaptive one asks whether the first mini-batch's KL is exactly 0.
@@ -90,22 +87,21 @@ COMPILED = {
     "ppo_rnd": dict(env="navigation-maze", schedule="fixed"),
     "ppo_symmetry": dict(env="quadruped", schedule="fixed"),
     "ppo_multigpu": dict(env="cartpole", schedule="fixed", distribution="heteroscedastic"),
-    "distill_dagger": dict(env="cartpole", num_steps_per_env=6, gradient_length=3),
+    "distill_dagger": dict(env="navigation-cue", num_steps_per_env=6, gradient_length=3, rnn_type="gru"),
 }
 
 
 @needs_compiler
 @pytest.mark.parametrize("script", COMPILED)
-def test_compiled_iteration(script, tmp_path, monkeypatch):
-    """Resumed with --compile, the next iteration ends where the eager one does, to 2e-5 of its step; no graph is broken."""
-    monkeypatch.chdir(tmp_path)
+def test_compiled_iteration(script, monkeypatch):
+    """Resumed with --compile, the next iteration ends where the eager one does, to 2e-5 of its step; graphs break at RNNs only."""
     script_module, settings = importlib.import_module(script), {"actor_hidden_dims": (16,), "critic_hidden_dims": (16,)}
-    for module_ in {module, script_module}:
-        monkeypatch.setattr(module_, "export_policy", lambda *_: None)
+    monkeypatch.setattr(script_module, "export_policy", lambda *_: None)
     if script == "distill_dagger":
-        module.train(module.Args(env="cartpole", num_envs=16, max_iterations=1, experiment_name="teacher", **settings))
-        settings = {"student_hidden_dims": (16,), "teacher": ("logs/teacher",)}
-    args = script_module.Args(num_envs=16, max_iterations=3, logger="none", **(settings | COMPILED[script]))
+        cases.write_teacher("teacher.pt", make(COMPILED[script]["env"], 1))
+        settings = {"student_hidden_dims": (16,), "teacher": ("teacher.pt",)}
+    settings |= dict(num_envs=16, max_iterations=3, logger="none", device="cpu") | COMPILED[script]
+    args = script_module.Args(**settings)
 
     def weights_at(iteration, run_name, **changes):
         script_module.train(dataclasses.replace(args, run_name=run_name, **changes))
@@ -114,18 +110,20 @@ def test_compiled_iteration(script, tmp_path, monkeypatch):
         return torch.cat([x.flatten() for net in networks for key, x in net.items() if "normalizer" not in key])
 
     before = weights_at(2, "start")
-    goes_on = dict(resume=True, load_run=".*_start", max_iterations=4)
+    goes_on = dict(resume=True, checkpoint="logs/*/*_start/model_2.pt", max_iterations=4)
     eager = weights_at(3, "eager", **goes_on)
-    counters.clear()
+    forget_what_was_compiled()
     compiled = weights_at(3, "compiled", compile=True, **goes_on)
-    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] > 0
+    # torch traces an RNN module only behind a switch for the whole process: it stays outside, and the rest is compiled.
+    assert not counters["graph_break"] or script in ("ppo_rnn", "distill_dagger")
     assert not torch.equal(eager, before)
     assert (compiled - eager).norm() / (eager - before).norm() <= 2e-5
 
 
 def test_bfloat16_networks(capsys):
     """Not a float32 path: its drift is stated, and that it learns is held by test_learning.py."""
-    value = drift(None, module.mini_batch_step, mixed_precision=True)
+    value = drift(mixed_precision=True)
     with capsys.disabled():
         print(f" [bf16 drift of one update: {value:.2f}]", end="")
     assert 1e-4 < value < 1.0  # it is rounded indeed, and by less than the step that it takes

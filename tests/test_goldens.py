@@ -17,7 +17,10 @@ def test_every_case_has_a_golden():
 def test_golden(path, double):
     golden = json.loads(path.read_text())
     script, env_id, settings = cases.CASES[path.stem]
-    assert golden["case"] == json.loads(json.dumps(dict(script=script, env=env_id, args=settings))), "the case has changed"
+    stored = golden["case"]
+    if stored["args"].get("timeout_bootstrap") == "reference":  # what `value` was called when the goldens were recorded
+        stored["args"]["timeout_bootstrap"] = "value"
+    assert stored == json.loads(json.dumps(dict(script=script, env=env_id, args=settings))), "the case has changed"
     module, args, make_env = cases.build(path.stem)
     history, agent = cases.run(module, args, make_env())
     for iteration, (ours, theirs) in enumerate(zip(history, golden["iterations"], strict=True)):

@@ -15,6 +15,7 @@ def test_cartpole_swings_up(settings):
         actor_hidden_dims=(64, 64),
         critic_hidden_dims=(64, 64),
         log_root="",
+        device="cpu",
         seed=2,
         **settings,
     )

@@ -36,4 +36,4 @@ def test_actions_follow_the_reference():
     _, agent = cases.run(module, args, make_env())
     obs = make_env().get_observations()
     theirs = runner.get_inference_policy()(obs)
-    assert torch.equal(module.Policy(agent["actor"])(obs["policy"]), theirs)
+    assert torch.equal(module.Policy(agent["actor"]).act(obs), theirs)

@@ -7,6 +7,7 @@ import cases
 import instruments
 import pytest
 import torch
+from tensordict import TensorDict
 
 import ppo_continuous
 import ppo_rnn
@@ -15,7 +16,9 @@ from envs import make
 KINDS = pytest.mark.parametrize("rnn_type", ["lstm", "gru"])
 SMALL = dict(env="navigation-cue", num_envs=26, num_steps_per_env=24, num_mini_batches=3, log_root="")  # 2 envs are dropped
 SMALL |= dict(actor_obs=("policy",), critic_obs=("policy", "privileged"), actor_hidden_dims=(16,), critic_hidden_dims=(16,))
-SMALL |= dict(rnn_hidden_dim=12, rnn_num_layers=2, max_iterations=10, num_learning_epochs=2, timeout_bootstrap="reference")
+SMALL |= dict(rnn_hidden_dim=12, rnn_num_layers=2, max_iterations=10, num_learning_epochs=2, timeout_bootstrap="value")
+SMALL |= dict(device="cpu")
+STATES = ("actor_state", "critic_state")
 
 
 def small(**settings):
@@ -26,26 +29,30 @@ def make_env(args):
     return make(args.env, args.num_envs, seed=args.seed)
 
 
-def models(args, env):
+def make_agent(args, env):
     torch.manual_seed(args.seed)
-    return ppo_rnn.make_models(env.get_observations(), env.num_actions, args)
+    return ppo_rnn.make_agent(env, ppo_rnn.read_obs(env, args), args)
 
 
-def collected(args, steps=None):
-    """Models, and a rollout with episode ends inside it that starts in the middle of episodes; notes what step() returned."""
+def collected(args):
+    """An agent, two rollouts in a row with episode ends inside them, and what `step` returned in the second one."""
     args = dataclasses.replace(args, timeout_bootstrap="final_obs")
     env = make_env(args)
-    actor, critic = models(args, env)
-    storage = ppo_rnn.make_storage(env.get_observations(), env.num_actions, actor, args)
-    episodes = ppo_rnn.make_episodes(args, torch.device("cpu"))
+    agent = make_agent(args, env)
+    storage = ppo_rnn.make_storage(agent, ppo_rnn.read_obs(env, args), env.num_actions, args)
     env.episode_length_buf = torch.arange(args.num_envs) % 39
-    step, steps = env.step, [] if steps is None else steps
+    step, steps, rollouts = env.step, [], []
     env.step = lambda actions: steps.append(step(actions)) or steps[-1]
-    act_rows = [lambda row=row: ppo_rnn.act(actor, critic, row) for row in storage.unbind(0)[:-1]]
     for _ in range(2):
-        ppo_rnn.collect(env, critic, storage, episodes, act_rows, args)
-    assert storage["dones"][:-2].any() and all(x.any() for x in storage["first_state"].values())
-    return actor, critic, storage
+        ppo_rnn.collect(env, agent, storage, ppo_rnn.act, args)
+        rollouts.append(storage.clone())
+    assert storage["dones"][:-2].any() and all(storage[name][0].any() for name in STATES)
+    return agent, rollouts, steps[args.num_steps_per_env :]
+
+
+def numbers(metrics):
+    """All that is not a time, as text, so that NaN equals NaN."""
+    return str({tag: x for tag, x in metrics.items() if not tag.startswith("Perf/")})
 
 
 # ---- Against rsl_rl -------------------------------------------------------------------------------------------------
@@ -91,7 +98,6 @@ def test_one_update_from_the_reference_state(rnn_type):
 
         def around():
             seen["before"], seen["storage"] = copy.deepcopy(algorithm.save()), copy.deepcopy(algorithm.storage)
-            seen["lr"] = algorithm.learning_rate
             return update()
 
         algorithm.compute_returns, algorithm.update = before, around
@@ -105,49 +111,52 @@ def test_one_update_from_the_reference_state(rnn_type):
         reference.make_runner = make_runner
 
     env, theirs = make_env(args), seen["storage"]
-    actor, critic = models(args, env)
-    optimizer = ppo_rnn.FlatOptimizer([*actor.parameters(), *critic.parameters()], args.learning_rate, args.optimizer)
-    ppo_rnn.restore({"actor": actor, "critic": critic, "optimizer": optimizer}, seen["before"], "rsl_rl's")
-    storage = ppo_rnn.make_storage(seen["obs"], env.num_actions, actor, args)
-    storage["obs"][:-1].update_(theirs.observations)
-    storage["obs"][-1].update_(seen["obs"])
-    join = lambda hidden: actor.rnn.join(torch.stack(hidden))  # noqa: E731
-    for name, state in (("actor", theirs.saved_hidden_state_a), ("critic", theirs.saved_hidden_state_c)):
-        storage["first_state"][0][name].copy_(join([x[0] for x in state]))
-    copied = dict(values=theirs.values, rewards=theirs.rewards, dones=theirs.dones)
+    agent = make_agent(args, env)
+    for name, part in ppo_rnn.parts_of(agent).items():
+        ppo_rnn.restore(part, seen["before"], name, "rsl_rl's")
+    storage = ppo_rnn.make_storage(agent, ppo_rnn.read_obs(env, args), env.num_actions, args)
+    storage["obs"][:-1].update_(theirs.observations.select(*storage["obs"].keys()))
+    storage["obs"][-1].update_(seen["obs"].select(*storage["obs"].keys()))
+    pack = lambda hidden: torch.stack(hidden).permute(2, 0, 1, 3)  # (L, N, H) each -> (N, K, L, H)
+    for name, state in (("actor_state", theirs.saved_hidden_state_a), ("critic_state", theirs.saved_hidden_state_c)):
+        storage[name][0].copy_(pack([x[0] for x in state]))
+    copied = dict(values=theirs.values, rewards=theirs.rewards, dones=theirs.dones, log_prob=theirs.actions_log_prob)
     for name, value in copied.items():  # (T, N, 1); the rewards hold the time-outs' bootstrap already
         storage[name][:-1].copy_(value.squeeze(-1))
     storage["actions"][:-1].copy_(theirs.actions)
-    for stored, param in zip(storage["params"].values(), theirs.distribution_params):
-        stored[:-1].copy_(param)
-    last = join(seen["hidden"] if isinstance(seen["hidden"], tuple) else (seen["hidden"],))
+    for name, param in zip(("loc", "scale"), theirs.distribution_params):
+        storage["policy", name][:-1].copy_(param)
+    last = pack(seen["hidden"] if isinstance(seen["hidden"], tuple) else (seen["hidden"],))
     with torch.no_grad():
-        storage["values"][-1].copy_(ppo_rnn.evaluate(critic, seen["obs"], {"critic": last})[0])
-    ppo_rnn.update(actor, critic, optimizer, storage, ppo_rnn.mini_batch_step, args)
+        storage["values"][-1].copy_(agent.critic(seen["obs"], last)[0].squeeze(-1))
+    ppo_rnn.update(agent, storage, args)
 
     drift = step = 0.0
-    for name, model in (("actor", actor), ("critic", critic)):
-        for key, parameter in model.named_parameters():
+    for name in ("actor", "critic"):
+        for key, parameter in vars(agent)[name].named_parameters():
             after = getattr(runner.alg, name).state_dict()[key]
             drift += (parameter.detach() - after).double().square().sum()
             step += (after - seen["before"][f"{name}_state_dict"][key]).double().square().sum()
     assert step > 0 and (drift / step).sqrt() < 2e-5
 
 
-def test_plays_a_checkpoint_of_the_reference(tmp_path):
+@KINDS
+def test_plays_a_checkpoint_of_the_reference(rnn_type, tmp_path):
+    """Of a file that holds weights only the settings and the environment say the rest; the hidden layers' sizes it says."""
     pytest.importorskip("rsl_rl")
     import reference
 
-    args = small(rnn_type="gru", max_iterations=1)
+    args = small(rnn_type=rnn_type, max_iterations=1)
     _, runner = reference.run(args, make_env(args))
     torch.save(runner.alg.save() | {"iter": 0, "infos": None}, tmp_path / "model_0.pt")
-    policy = ppo_rnn.load_policy(tmp_path / "model_0.pt", args=ppo_rnn.Args(actor_obs=("policy",)))
+    env = make_env(args)
+    given = dataclasses.replace(args, actor_hidden_dims=(512, 256), actor_obs=(), critic_obs=())
+    policy = ppo_rnn.load_policy(tmp_path / "model_0.pt", given, env, batch_size=args.num_envs)
     theirs = runner.get_inference_policy()
     runner.alg.actor.reset()
-    env = make_env(args)
     obs = env.get_observations()
     for _ in range(50):
-        actions = policy(obs)
+        actions = policy.act(obs)
         torch.testing.assert_close(actions, theirs(obs).detach(), rtol=0, atol=1e-6)
         obs, _, dones, _ = env.step(torch.randn(args.num_envs, 2))
         policy.reset(dones)
@@ -158,37 +167,66 @@ def test_plays_a_checkpoint_of_the_reference(tmp_path):
 
 
 @KINDS
+def test_each_row_has_the_state_before_its_action(rnn_type):
+    """h and c of each layer as torch's own RNN has them after the row before; zero after an episode's end, and only there."""
+    args = small(rnn_type=rnn_type)
+    agent, rollouts, _ = collected(args)
+    for name, model in (("actor_state", agent.actor), ("critic_state", agent.critic)):
+        previous = torch.zeros(args.num_envs, 2 if rnn_type == "lstm" else 1, 2, 12)
+        for rollout in rollouts:  # the second one goes on where the first one ended
+            assert torch.equal(rollout[name][0], previous)
+            for row, next_row in zip(rollout, rollout[1:]):
+                x = model.obs_normalizer(torch.cat([row["obs"][group] for group in model.groups], dim=-1))
+                hidden = tuple(row[name].permute(1, 2, 0, 3).contiguous())
+                with torch.no_grad():
+                    _, hidden = model.rnn.rnn(x[None], hidden if rnn_type == "lstm" else hidden[0])
+                expected = torch.stack(hidden if rnn_type == "lstm" else (hidden,)).permute(2, 0, 1, 3).clone()
+                assert expected.any(-1).all()
+                expected[row["dones"]] = 0.0
+                torch.testing.assert_close(next_row[name], expected, rtol=0, atol=1e-6)
+            previous = rollout[name][-1]
+
+
+@KINDS
 def test_update_sees_what_acted(rnn_type):
     """Unrolled from the stored state over episode ends, the networks say what they said when they acted."""
     args = small(rnn_type=rnn_type)
-    actor, critic, storage = collected(args)
-    for batch in ppo_rnn.make_batches(actor, critic, storage, args):
-        state, dones = batch["first_state"][0], batch["dones"]
-        mean, _ = actor(batch["actor_input"], state["actor"], dones)
-        values, _ = critic(batch["critic_input"], state["critic"], dones)
-        torch.testing.assert_close(mean, batch["params"]["0"], rtol=0, atol=1e-6)
+    agent, (_, storage), _ = collected(args)
+    batches = ppo_rnn.make_batches(storage[:-1], args)
+    assert [batch.shape for batch in batches] == [(24, 8)] * 3  # 26 // 3 environments each, all of their steps
+    for batch in batches:
+        with torch.no_grad():
+            mean = agent.actor.unroll(batch["obs"], batch["actor_state"][0], batch["dones"])
+            values = agent.critic.unroll(batch["obs"], batch["critic_state"][0], batch["dones"])
+        torch.testing.assert_close(mean, batch["policy", "loc"], rtol=0, atol=1e-6)
         torch.testing.assert_close(values.squeeze(-1), batch["values"], rtol=0, atol=1e-6)
 
 
 @KINDS
 def test_no_gradient_crosses_an_episode_end(rnn_type):
-    rnn = ppo_rnn.RNN(3, small(rnn_type=rnn_type))
-    x, dones = torch.randn(6, 2, 3, requires_grad=True), torch.zeros(6, 2)
-    dones[2, 0] = 1
-    outputs = rnn.unroll(x, torch.randn(2, rnn.state_size), dones)
-    (gradient,) = torch.autograd.grad(outputs[5].sum(), x)
+    """What a step says depends on all the steps of its episode before it, and on no other's."""
+    args = small(rnn_type=rnn_type)
+    rnn = ppo_rnn.RNN(3, args)
+    x, dones = torch.randn(6, 2, 3, requires_grad=True), torch.zeros(6, 2, dtype=torch.bool)
+    dones[2, 0] = True
+    hidden = ppo_rnn.unpack(torch.randn(2, *ppo_rnn.state_shape(args), requires_grad=True))
+    outputs = rnn.unroll(x, hidden, dones)
+    gradient, *starts = torch.autograd.grad(outputs[5].sum(), (x, *hidden))
     assert not gradient[:3, 0].any() and gradient[3:, 0].all() and gradient[:, 1].all()
+    assert all(not start[:, 0].any() and start[:, 1].all() for start in starts)  # (L, N, H) each
 
 
 def test_value_of_final_obs_continues_the_episode():
     """V(final_obs) is what the critic says of it as the next observation of the same episode."""
-    args, steps = small(), []
-    _, critic, storage = collected(args, steps)
-    for t, (_, _, _, extras) in enumerate(steps[-args.num_steps_per_env :]):
-        obs = torch.cat((storage["obs"][: t + 1], extras["final_obs"][None]))
-        dones = torch.cat((storage["dones"][:t], torch.zeros(2, args.num_envs)))  # the done at t does not count yet
+    args = small()
+    agent, (_, storage), steps = collected(args)
+    for t, (_, _, _, extras) in enumerate(steps):
+        final_obs = extras["final_obs"].select(*args.critic_obs)
+        obs = torch.cat((storage["obs"][: t + 1], final_obs[None]))
+        dones = torch.zeros(t + 2, args.num_envs, dtype=torch.bool)
+        dones[:t] = storage["dones"][:t]  # the done at t does not count yet
         with torch.no_grad():
-            values, _ = critic(critic.preprocess(obs), storage["first_state"][0]["critic"], dones)
+            values = agent.critic.unroll(obs, storage["critic_state"][0], dones)
         expected = torch.where(extras["time_outs"], values[-1].squeeze(-1), 0.0)
         torch.testing.assert_close(storage["bootstrap"][t], expected, rtol=0, atol=1e-6)
     assert storage["bootstrap"].any()
@@ -197,19 +235,25 @@ def test_value_of_final_obs_continues_the_episode():
 def test_mini_batch_of_one_environment():
     """Its loss is its own: two environments' mean is that of both together (rsl_rl broadcasts to (T, T))."""
     args = small(num_envs=2, num_mini_batches=1)
-    args_alone = dataclasses.replace(args, num_mini_batches=2)
-    actor, critic, storage = collected(args)
-    (both,) = ppo_rnn.make_batches(actor, critic, storage, args)
-    alone = ppo_rnn.make_batches(actor, critic, storage, args_alone)
+    agent, (_, storage), _ = collected(args)
+    rollout = storage[:-1]
+    rollout["advantages"], rollout["returns"] = ppo_rnn.compute_gae(storage, args)
+    (both,) = ppo_rnn.make_batches(rollout, args)
+    alone = ppo_rnn.make_batches(rollout, dataclasses.replace(args, num_mini_batches=2))
     assert [batch.shape for batch in alone] == [(24, 1)] * 2
     with torch.no_grad():
-        actor.mlp[-1].bias += 0.1  # so that ratios differ from 1
-        losses = [ppo_rnn.ppo_loss(actor, critic, batch, args)[1] for batch in alone]
-        for name, value in ppo_rnn.ppo_loss(actor, critic, both, args)[1].items():
+        agent.actor.mlp[-1].bias += 0.1  # so that ratios differ from 1
+        losses = [ppo_rnn.ppo_loss(agent, batch, args)[1] for batch in alone]
+        for name, value in ppo_rnn.ppo_loss(agent, both, args)[1].items():
             assert (losses[0][name] + losses[1][name]) / 2 == pytest.approx(value.item(), rel=1e-5, abs=1e-7), name
     assert len(ppo_rnn.train(small(num_envs=3, num_mini_batches=3, max_iterations=2))) == 2
-    with pytest.raises(ppo_rnn.UserError, match="num-mini-batches 3"):
-        ppo_rnn.train(small(num_envs=2, num_mini_batches=3))
+
+
+def test_a_mini_batch_without_environments_is_refused():
+    """Also where the environment that was handed over has fewer of them than the settings say."""
+    for args, env in ((small(num_envs=2), None), (small(), make("navigation-cue", 2))):
+        with pytest.raises(ppo_rnn.UserError, match="num-mini-batches 3.* of 2"):
+            ppo_rnn.train(args, env)
 
 
 # ---- Resume, play, export -------------------------------------------------------------------------------------------
@@ -224,99 +268,80 @@ def without_export(monkeypatch):
 
 @KINDS
 def test_resumed_run_equals_the_uninterrupted_one(rnn_type, tmp_path, without_export):
+    """To the last bit, though it stops in the middle of episodes; another kind or size of memory is refused."""
     args = small(rnn_type=rnn_type, num_steps_per_env=8, max_iterations=5, num_mini_batches=2, timeout_bootstrap="final_obs")
     args = dataclasses.replace(args, log_root=str(tmp_path), logger="none")
     whole = ppo_rnn.train(dataclasses.replace(args, experiment_name="whole"))
-    ppo_rnn.train(dataclasses.replace(args, max_iterations=2))
+    first = ppo_rnn.train(dataclasses.replace(args, max_iterations=2))
     rest = ppo_rnn.train(dataclasses.replace(args, resume=True))
-    assert len(rest) == 3
-    for ours, expected in zip(rest, whole[2:]):
-        assert all(ours[tag] == expected[tag] for tag in expected if tag.startswith(("Loss/", "Policy/", "Metrics/")))
+    assert [*map(numbers, rest)] == [*map(numbers, whole[2:])] and len(rest) == 3
+    for ours, expected in zip(rest.agent.actor.state_dict().values(), whole.agent.actor.state_dict().values()):
+        assert torch.equal(ours, expected)
+    checkpoint = str(first.run_dir / "model_1.pt")
+    for name, value in (("rnn_type", {"lstm": "gru", "gru": "lstm"}[rnn_type]), ("rnn_hidden_dim", 13), ("rnn_num_layers", 1)):
+        with pytest.raises(ppo_rnn.UserError, match=f"--{name.replace('_', '-')} {value}: "):
+            ppo_rnn.train(dataclasses.replace(args, checkpoint=checkpoint, **{name: value}))
 
 
 @KINDS
 def test_policy_carries_and_resets_its_state(rnn_type, tmp_path):
-    """load_policy and both exports, over 50 steps with a reset in the middle, against the network unrolled in one go."""
+    """load_policy and both exports, over 50 steps in which episodes of some and of all end, against the network unrolled."""
     onnxruntime = pytest.importorskip("onnxruntime")
     args = small(rnn_type=rnn_type, max_iterations=1, log_root=str(tmp_path), logger="none")
-    _, agent = cases.run(ppo_rnn, args, make_env(args))
-    (path,) = tmp_path.glob("*/*/model_0.pt")
-    actor, policy = agent["actor"], ppo_rnn.load_policy(path)
-    obs, dones = torch.randn(50, 4, 8), torch.zeros(50, 4)
-    dones[24] = 1
+    history, agent = cases.run(ppo_rnn, args, make_env(args))
+    folder = history.run_dir / "exported"
+    actor, policy = agent["actor"], ppo_rnn.load_policy(history.run_dir / "model_0.pt", batch_size=4)
+    obs, dones = torch.randn(50, 4, 8), torch.zeros(50, 4, dtype=torch.bool)
+    dones[10, :2] = dones[24] = dones[31, 3] = True
+    zeros = torch.zeros(4, *ppo_rnn.state_shape(args))
 
     def unrolled(dones):
         with torch.no_grad():
-            return actor.mlp(actor.rnn.unroll(actor.obs_normalizer(obs), torch.zeros(4, actor.rnn.state_size), dones))
+            return actor.unroll(TensorDict(policy=obs, batch_size=[50, 4]), zeros, dones)
 
-    script = torch.jit.load(path.parent / "exported" / "policy.pt")
-    session = onnxruntime.InferenceSession(path.parent / "exported" / "policy.onnx", providers=["CPUExecutionProvider"])
+    script = torch.jit.load(folder / "policy.pt")  # of one robot
+    session = onnxruntime.InferenceSession(folder / "policy.onnx", providers=["CPUExecutionProvider"])
     states = ["h_in", "c_in"] if rnn_type == "lstm" else ["h_in"]
     assert [x.name for x in session.get_inputs()] == ["obs", *states]
     assert [x.name for x in session.get_outputs()] == ["actions", *[name.replace("in", "out") for name in states]]
-    hidden = zeros = [torch.zeros(2, 4, 12).numpy()] * len(states)
+    hidden, expected = [torch.zeros(2, 4, 12).numpy() for _ in states], unrolled(dones)
     for t in range(50):
-        expected = unrolled(dones)[t]
         actions, *hidden = session.run(None, {"obs": obs[t].numpy()} | dict(zip(states, hidden)))
-        for output in (policy(obs[t]), script(obs[t]), torch.as_tensor(actions)):
-            torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
-        if dones[t].all():
-            policy.reset(dones[t])
-            script.reset()
-            hidden = zeros
-
-    dones[10, :2] = 1  # only some robots start anew
-    policy.reset()
-    for t in range(50):
-        torch.testing.assert_close(policy(obs[t]), unrolled(dones)[t], rtol=0, atol=1e-5)
+        for output in (policy.act(TensorDict(policy=obs[t], batch_size=[4])), torch.as_tensor(actions)):
+            torch.testing.assert_close(output, expected[t], rtol=0, atol=1e-5)
+        torch.testing.assert_close(script(obs[t, :1]), expected[t, :1], rtol=0, atol=1e-5)
         policy.reset(dones[t])
+        script.reset(dones[t, :1])
+        for part in hidden:
+            part[:, dones[t].numpy()] = 0.0
+
+    policy.reset()  # everywhere
+    script.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(policy(obs[0]), expected[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(script(obs[0, :1]), expected[0, :1], rtol=0, atol=1e-5)
 
 
-def test_play(tmp_path, without_export):
-    args = small(max_iterations=1, log_root=str(tmp_path), logger="none", play_envs=3, video_interval=1)
-    _, agent = cases.run(ppo_rnn, args, None)
-    assert all(module.training for module in agent["actor"].modules())  # what was filmed is still trained
-    args.video_interval = 0
+def test_play(tmp_path, without_export, capsys):
+    """A film does not stop the training; --play knows the episodes' ends; a policy without memory is refused."""
+    args = small(max_iterations=1, log_root=str(tmp_path), logger="none", play_envs=3)
+    history = ppo_rnn.train(dataclasses.replace(args, video_interval=1))
+    assert (history.run_dir / "video_0.gif").exists()
+    assert all(module.training for module in history.agent.actor.modules())  # what was filmed is still trained
     for agent in ("policy", "zero"):
-        assert ppo_rnn.play(dataclasses.replace(args, play=True, agent=agent))["episode_length"] <= 40
-    with pytest.raises(ppo_rnn.UserError, match="no RNN"):
-        fields = {f.name for f in dataclasses.fields(ppo_continuous.Args)}
-        settings = {k: v for k, v in dataclasses.asdict(args).items() if k in fields}
-        ppo_continuous.train(ppo_continuous.Args(**settings | dict(experiment_name="mlp")))
-        ppo_rnn.load_policy(next(tmp_path.glob("mlp/*/model_0.pt")))
+        assert 0 < ppo_rnn.play(dataclasses.replace(args, play=True, agent=agent))["episode_length"] <= 40
+    settings = {name: value for name, value in vars(args).items() if not name.startswith("rnn_")}
+    history = ppo_continuous.train(ppo_continuous.Args(**settings))
+    with pytest.raises(ppo_rnn.UserError, match="actor differs.*rnn"):
+        ppo_rnn.load_policy(history.run_dir / "model_0.pt")
 
 
 # ---- On the device --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rnn_type, capturable", [("lstm", True), ("gru", False)], ids=["whole rollout", "policy step"])
-def test_captured_run_equals_eager_run(rnn_type, capturable, monkeypatch):
+@pytest.mark.parametrize("rnn_type, whole", [("lstm", True), ("gru", False)], ids=["whole rollout", "policy step"])
+def test_nothing_waits_and_a_captured_run_equals_the_eager_one(rnn_type, whole, monkeypatch):
+    """The states, too, go from replay to replay through the storage alone."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # its LSTM hides what it keeps for the gradient
     args = small(rnn_type=rnn_type, num_envs=8, max_iterations=5, num_steps_per_env=8, timeout_bootstrap="final_obs")
-    eager = ppo_rnn.train(args)
-
-    def graph(fn, *arguments, **_):
-        on = fn.__name__ == "update" or (fn.__name__ == "collect") == capturable
-        return instruments.EmulatedGraph(fn, *arguments) if on else lambda: fn(*arguments)
-
-    monkeypatch.setattr(ppo_rnn, "CudaGraph", graph)
-    for ours, expected in zip(ppo_rnn.train(args), eager, strict=True):
-        assert all(ours[tag] == expected[tag] for tag in expected if tag.startswith(("Loss/", "Policy/", "Metrics/")))
-
-
-def test_no_waiting_inside_the_iteration(monkeypatch):
-    waits = []
-
-    def watched(function):
-        def call(*args):
-            with instruments.host_reads() as counts, instruments.Operations() as operations:
-                result = function(*args)
-            waits.append((dict(counts), dict(operations.waits)))
-            return result
-
-        return call
-
-    for name in ("collect", "update"):
-        monkeypatch.setattr(ppo_rnn, name, watched(getattr(ppo_rnn, name)))
-    ppo_rnn.train(small(max_iterations=2, timeout_bootstrap="final_obs"))
-    assert waits == [({}, {})] * 4
+    instruments.check_replay(ppo_rnn, args, lambda: make_env(args), whole)

@@ -1,5 +1,9 @@
 """Runs: folders, checkpoints, resuming, signals, kills, logging, export, play; and what other programs make of the files."""
 
+import ast
+import copy
+import dataclasses
+import datetime
 import math
 import os
 import pathlib
@@ -13,14 +17,15 @@ import numpy as np
 import pytest
 import torch
 import toy
-import yaml
+from tensordict import TensorDict
 
 import ppo_continuous as module
-from envs import make
+from envs import make, record
 from envs.cartpole import Cartpole
 
 SCRIPT = str(pathlib.Path(module.__file__))
 TINY = dict(env="cartpole", num_envs=16, max_iterations=6, actor_hidden_dims=(8,), critic_hidden_dims=(8,), logger="none")
+TINY |= dict(device="cpu")
 
 
 def args_of(**settings):
@@ -37,18 +42,54 @@ def only_run(root="logs") -> pathlib.Path:
     return run
 
 
+def saved_in(run) -> set[str]:
+    return {file.name for file in run.glob("*.pt")}
+
+
+def is_same(state, other) -> bool:
+    """Equality of nested states, to the last bit."""
+    if isinstance(state, dict):
+        return state.keys() == other.keys() and all(is_same(state[key], other[key]) for key in state)
+    if isinstance(state, list):
+        return len(state) == len(other) and all(map(is_same, state, other))
+    return torch.equal(state, other) if torch.is_tensor(state) else state == other
+
+
 def command(*flags, script=SCRIPT):
     tiny = ["--env", "cartpole", "--num-envs", "16", "--actor-hidden-dims", "8", "--critic-hidden-dims", "8", "--device", "cpu"]
     return [sys.executable, script, *tiny, "--no-env-defaults", *flags]
 
 
-def test_run_folder():
-    module.train(args_of(run_name="mine", logger="tensorboard", max_iterations=2), make("cartpole", 16))
+export_policy = module.export_policy
+
+
+@pytest.fixture(autouse=True)
+def no_export(monkeypatch):
+    """It takes longer than a short training."""
+    monkeypatch.setattr(module, "export_policy", lambda *a: None)
+
+
+@pytest.fixture
+def exports(no_export, monkeypatch):
+    monkeypatch.setattr(module, "export_policy", export_policy)
+
+
+def test_run_folder(exports, monkeypatch):
+    """All that repeating a run takes; its name is the time in UTC, so that the newest run is last wherever it was made."""
+    args = args_of(run_name="mine", logger="tensorboard", max_iterations=2, critic_obs=("policy",))
+    with monkeypatch.context() as context:
+        context.setenv("TZ", "Pacific/Auckland")
+        time.tzset()
+        history = module.train(args, make("cartpole", 16))
+    time.tzset()
     run = only_run()
+    assert history.run_dir == run.absolute()
     assert run.parent.name == "ppo_continuous_cartpole" and run.name.endswith("_mine")
-    args = yaml.safe_load((run / "args.yaml").read_text())
-    assert args["run_name"] == "mine" and args["actor_hidden_dims"] == [8]
-    assert yaml.safe_load((run / "env.yaml").read_text())["episode_length_s"] == 10.0
+    now, named = datetime.datetime.now(datetime.timezone.utc), datetime.datetime.strptime(run.name[:19], "%Y-%m-%d_%H-%M-%S")
+    assert abs(now.replace(tzinfo=None) - named) < datetime.timedelta(minutes=10)
+    settings = ast.literal_eval((run / "args.txt").read_text())
+    assert module.Args(**settings) == dataclasses.replace(args, actor_obs=("policy",))  # as chosen
+    assert ast.literal_eval((run / "env.txt").read_text())["episode_length_s"] == 10.0
     assert (run / "ppo_continuous.py").read_text() == pathlib.Path(SCRIPT).read_text()
     assert {"model_0.pt", "model_1.pt", "git.diff", "exported"} <= {file.name for file in run.iterdir()}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -64,17 +105,19 @@ def test_run_folder():
         "Loss/kl",
     }
     assert wanted <= set(events.Tags()["scalars"]) and len(events.Scalars("Loss/kl")) == 2
+    assert events.Scalars("Loss/kl")[1].value == pytest.approx(history[1]["Loss/kl"])
 
 
 def test_nothing_is_written_without_a_log_root(tmp_path):
-    module.train(args_of(log_root="", max_iterations=1), toy.Toy(16))
-    assert not list(tmp_path.iterdir())
+    history = module.train(args_of(log_root="", max_iterations=1), toy.Toy(16))
+    assert history.run_dir is None and not list(tmp_path.iterdir())
 
 
 def test_users_own_environment_and_factory():
-    """A minimal environment, given as an object and named on the command line."""
-    history = module.train(args_of(log_root="", num_envs=999), toy.Toy(8))
+    """A minimal environment, given as an object, which says how many it holds, and named on the command line."""
+    history = module.train(args_of(num_envs=999), toy.Toy(8))
     assert len(history) == 6 and history[-1]["Train/num_episodes"] > 0
+    assert torch.load(only_run() / "model_5.pt", weights_only=True)["resume"]["args"]["num_envs"] == 8
     flags = ["--env", "toy:make", "--log-root", "", "--max-iterations", "1"]
     env = os.environ | {"PYTHONPATH": str(pathlib.Path(toy.__file__).parent)}
     done = subprocess.run(command(*flags), capture_output=True, text=True, env=env)
@@ -90,10 +133,49 @@ def test_an_environment_can_be_used_after_training(env_id):
     tensors = [x for x in vars(env).values() if torch.is_tensor(x)]
     for tensor in tensors:
         tensor.copy_(tensor.clone())
-    obs, *_ = env.step(torch.zeros(16, env.num_actions))
-    obs["policy"].add_(1.0)
-    env.get_observations()["policy"].add_(1.0)
+    obs, rewards, dones, extras = env.step(torch.zeros(16, env.num_actions))
+    for tensor in (obs["policy"], env.get_observations()["policy"], rewards, *extras.get("log", {}).values()):
+        tensor.add_(1.0)
+    dones.zero_()
     assert tensors and len(module.train(args, env)) == 2
+
+
+class Shaped(Cartpole):
+    """A subclass of a built-in task with a state that it binds anew in every step."""
+
+    def _advance(self, actions):
+        rewards, terminated, log = super()._advance(actions)
+        self.smooth = 0.9 * getattr(self, "smooth", 0.0) + rewards
+        return self.smooth, terminated, log
+
+
+class Delegating:
+    def __init__(self, env):
+        self.env, self.last = env, torch.zeros(env.num_envs)
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+
+    def step(self, actions):
+        obs, rewards, dones, extras = self.env.step(actions)
+        self.last = self.last + rewards
+        extras["log"] = {"success": dones.float().mean() if dones.any() else 0.0}  # now a tensor, now a number
+        return obs, rewards, dones, extras
+
+
+def test_state_that_is_added_to_a_built_in_task(monkeypatch):
+    """`capturable` is not inherited: what these bind to new tensors can be changed after training, and is in no CUDA graph."""
+    shaped, wrapped = Shaped(16), Delegating(make("cartpole", 16))
+    module.train(args_of(log_root="", max_iterations=2), shaped)
+    shaped.smooth.zero_()
+    history = module.train(args_of(log_root="", max_iterations=20), wrapped)
+    wrapped.last.zero_()
+    assert all("Episode/success" in metrics for metrics in history)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    functions, args = (module.collect, module.act, module.update), args_of(device="cuda")
+    for env, whole in ((shaped, False), (wrapped, False), (wrapped.env, True)):
+        collect, act, update = module.graphed(args, env, *functions)
+        assert (collect is not module.collect, act is not module.act, update is not module.update) == (whole, not whole, True)
 
 
 def test_buffers_that_the_environment_reuses():
@@ -114,11 +196,25 @@ def test_buffers_that_the_environment_reuses():
     assert str(numbers(histories[0])) == str(numbers(histories[1]))
 
 
-def test_resumed_run_equals_uninterrupted_run():
+def test_resumed_run_equals_uninterrupted_run(capsys):
     whole = module.train(args_of(log_root="whole"), make("cartpole", 16))
     module.train(args_of(log_root="logs", max_iterations=3), make("cartpole", 16))
     resumed = module.train(args_of(log_root="logs", resume=True), make("cartpole", 16, seed=99))
     assert str(numbers(resumed)) == str(numbers(whole)[3:])  # as text, so that NaN equals NaN
+    assert is_same(module.state_of(resumed.agent), module.state_of(whole.agent))
+    assert "starts afresh" not in capsys.readouterr().out
+
+
+def test_a_run_is_resumed_with_other_environments(capsys):
+    """With more of them, or from another seed: they start afresh, and with the seed the random numbers."""
+    first = module.train(args_of(max_iterations=2), make("cartpole", 16))
+    settings = dict(resume=True, log_root="", checkpoint=str(first.run_dir / "model_1.pt"), max_iterations=4)
+    whole = module.train(args_of(**settings), make("cartpole", 16))
+    assert "the environment starts afresh" not in capsys.readouterr().out
+    for change, count in ((dict(seed=2), 16), ({}, 24)):
+        resumed = module.train(args_of(**settings, **change), make("cartpole", count))
+        assert "the environment starts afresh" in capsys.readouterr().out
+        assert len(resumed) == 2 and str(numbers(resumed)) != str(numbers(whole))
 
 
 def test_resumed_quadruped_equals_uninterrupted_run():
@@ -130,18 +226,22 @@ def test_resumed_quadruped_equals_uninterrupted_run():
 
 
 def test_interrupted_save_leaves_the_previous_checkpoint(monkeypatch):
-    module.train(args_of(max_iterations=1), make("cartpole", 16))
+    env, args = make("cartpole", 16), args_of(max_iterations=1, actor_obs=("policy",), critic_obs=("policy",))
+    agent = module.train(args, env).agent
+    storage = module.make_storage(agent, env.get_observations(), 1, args)
     path = only_run() / "model_0.pt"
     before = path.read_bytes()
 
     def killed(state, file):
-        file.write(b"half a checkpoint")
+        pathlib.Path(file).write_bytes(b"half a checkpoint")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        module.save_checkpoint(path, {}, 0, {})
-    assert path.read_bytes() == before
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(torch, "save", killed)
+        module.save(path, agent, env, storage, 0, args)
+    assert path.read_bytes() == before and module.find_checkpoint(args) == path.absolute()
+    module.save(path, agent, env, storage, 0, args)
+    assert path.read_bytes() != before  # it is written there, when nothing comes between
 
 
 def start_training(*flags) -> subprocess.Popen:
@@ -158,7 +258,7 @@ def test_kill_9_then_resume():
     time.sleep(0.2)
     process.kill()
     process.communicate()
-    saved = max(module.iteration_of(file) for file in only_run().glob("model_*.pt"))
+    saved = max(int(file.stem.removeprefix("model_")) for file in only_run().glob("model_*.pt"))
     history = module.train(args_of(resume=True, max_iterations=saved + 3), make("cartpole", 16))
     assert len(history) == 2 and saved >= 2
 
@@ -170,37 +270,130 @@ def test_a_signal_finishes_the_iteration_saves_and_exits_0(number):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     last = int(output.rsplit("\niteration ", 1)[1].split("/")[0]) if "\niteration " in output else 3
-    assert (only_run() / f"model_{last - 1}.pt").exists()
-    assert module.load_checkpoint(only_run() / f"model_{last - 1}.pt", torch.device("cpu"))["iter"] == last - 1
+    saved = torch.load(only_run() / f"model_{last - 1}.pt", weights_only=True)
+    assert saved["iter"] == last - 1 and saved["resume"]["env"] is not None
+    assert (only_run() / "exported" / "policy.onnx").exists()
+
+
+def test_training_in_another_thread(capsys):
+    """Where signals cannot be caught: they are the caller's then."""
+    thread = threading.Thread(target=lambda: module.train(args_of(log_root="", max_iterations=2), toy.Toy(8)))
+    thread.start()
+    thread.join()
+    assert "iteration 2/2" in capsys.readouterr().out
+
+
+def caught_agents(monkeypatch) -> list:
+    """Where the agent of a training that does not return lands, with its state when it was made."""
+    agents, make_agent = [], module.make_agent
+
+    def caught(*arguments):
+        agent = make_agent(*arguments)
+        agents.append((agent, copy.deepcopy(module.state_of(agent))))
+        return agent
+
+    monkeypatch.setattr(module, "make_agent", caught)
+    return agents
+
+
+class Dying(Cartpole):
+    """A simulator that fails in step 60, in the third iteration."""
+
+    steps = 0
+
+    def step(self, actions):
+        self.steps += 1
+        if self.steps == 60:
+            raise MemoryError("the simulator has died")
+        return super().step(actions)
+
+
+@pytest.mark.parametrize("save_interval", [1, 1000])
+def test_an_error_keeps_the_last_finished_iteration(save_interval, monkeypatch, capsys):
+    """It goes on to the caller; what was half learned is undone, and what is saved can be resumed."""
+    good, agents = module.train(args_of(max_iterations=2, log_root=""), make("cartpole", 16)), caught_agents(monkeypatch)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(MemoryError, match="the simulator has died"):
+        module.train(args_of(save_interval=save_interval), Dying(16))
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert is_same(module.state_of(agents[0][0]), module.state_of(good.agent))
+    assert saved_in(only_run()) == {"model_0.pt", "model_1.pt"}
+    saved = torch.load(only_run() / "model_1.pt", weights_only=True)
+    assert saved["iter"] == 1 and is_same(saved["optimizer_state_dict"], good.agent.optimizer.state_dict())
+    whole = save_interval == 1  # then it was there already, with the environment's state
+    assert (saved["resume"]["env"] is not None) == whole
+    assert len(module.train(args_of(resume=True), make("cartpole", 16))) == 4
+    assert ("the environment starts afresh" in capsys.readouterr().out) != whole
+
+
+def test_an_error_in_the_first_iteration_saves_nothing(monkeypatch):
+    agents = caught_agents(monkeypatch)
+    with pytest.raises(FloatingPointError, match="iteration 0"):
+        module.train(args_of(init_at_random_ep_len=False), toy.Toy(8, fault=("reward", 5, math.nan)))
+    ((agent, untrained),) = agents
+    assert is_same(module.state_of(agent), untrained)
+    assert saved_in(only_run()) == {"nan_0.pt"}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("kind, named", [("obs", "observation group policy"), ("reward", "rewards")])
-def test_nan_stops_the_run(kind, named, value):
+@pytest.mark.parametrize("kind", ["obs", "reward"])
+def test_nan_stops_the_run(kind, value, monkeypatch):
     """Not finite at step 60 (iteration 2, step 11) in environment 3: named, dumped, and the weights are those before."""
-    trained = {}
-    tensors_of = module.tensors_of
-
-    def spy(agent):
-        trained.update(agent)
-        return tensors_of(agent)
-
-    module.tensors_of = spy
-    try:
-        good = args_of(max_iterations=2, log_root="good", init_at_random_ep_len=False)
-        module.train(good, toy.Toy(8))
-        expected = [x.clone() for x in tensors_of(trained)]
-        with pytest.raises(FloatingPointError) as error:
-            module.train(args_of(save_interval=1000, init_at_random_ep_len=False), toy.Toy(8, fault=(kind, 60, value)))
-    finally:
-        module.tensors_of = tensors_of
-    step = 12 if kind == "obs" else 11  # the observation that follows action 11 is row 12
-    assert f"iteration 2: non-finite {named} from step {step} on, in environments [3]" in str(error.value)
-    assert all(torch.equal(x, y) for x, y in zip(expected, tensors_of(trained), strict=True))
-    assert {file.name for file in only_run().glob("*.pt")} == {"model_0.pt", "model_1.pt", "nan_2.pt"}
-    saved = module.load_checkpoint(only_run() / "model_1.pt", torch.device("cpu"))  # of the last good iteration
-    assert saved["iter"] == 1 and torch.equal(saved["actor_state_dict"]["mlp.0.weight"], trained["actor"].mlp[0].weight)
+    good = module.train(args_of(max_iterations=2, log_root="", init_at_random_ep_len=False), toy.Toy(8))
+    agents = caught_agents(monkeypatch)
+    with pytest.raises(FloatingPointError) as error:
+        module.train(args_of(save_interval=1000, init_at_random_ep_len=False), toy.Toy(8, fault=(kind, 60, value)))
+    # The observation that follows action 11 is row 12
+    place = "obs policy of environment 3, column [0], is {} at step 12" if kind == "obs" else "rewards of environment 3, "
+    place += "" if kind == "obs" else "column [], is {} at step 11"
+    assert str(error.value) == f"iteration 2: {place.format(value)}; the rollout is in nan_2.pt"
+    assert is_same(module.state_of(agents[0][0]), module.state_of(good.agent))
+    assert saved_in(only_run()) == {"model_0.pt", "model_1.pt", "nan_2.pt"}
+    saved = torch.load(only_run() / "model_1.pt", weights_only=True)  # of the last good iteration
+    assert saved["iter"] == 1 and is_same(saved["actor_state_dict"], dict(good.agent.actor.state_dict()))
     assert torch.load(only_run() / "nan_2.pt", weights_only=True)["rewards"].shape == (25, 8)
+
+
+@pytest.mark.parametrize("fault", [("obs", 30, 1e22), ("reward", 30, 1e30)], ids=["statistics", "loss"])
+def test_a_finite_number_whose_square_is_not_stops_the_run(fault):
+    """The tanh saturates and the loss is fine, the variance of the observations is not; or the squared error is not."""
+    args = args_of(activation="tanh", init_at_random_ep_len=False)
+    with pytest.raises(FloatingPointError, match="^iteration 1: all that was read is finite, and what was learned from it is"):
+        module.train(args, toy.Toy(8, fault=fault))
+    assert saved_in(only_run()) == {"model_0.pt", "nan_1.pt"}
+
+
+@pytest.fixture
+def rollout():
+    """An agent, and a storage of finite numbers."""
+    args, obs = args_of(num_envs=8, actor_obs=("policy",), critic_obs=("policy",)), toy.Toy(8).get_observations()
+    agent = module.make_agent(toy.Toy(8), obs, args)
+    return agent, module.make_storage(agent, obs, 1, args)
+
+
+PARTS = ["obs policy", "actions", "log_prob", "values", "rewards", "bootstrap", "weights", "statistics", "losses"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", PARTS)
+def test_each_of_them_must_be_finite(name, value, rollout):
+    """By itself: a sample that no mini-batch takes spoils no loss."""
+    agent, storage = rollout
+    losses = {"kl": torch.zeros(4), "value": torch.zeros(4)}
+    assert module.all_finite(agent, storage, losses)
+    parts = {"weights": agent.critic.mlp[2].bias.data, "statistics": agent.actor.obs_normalizer._var, "losses": losses["value"]}
+    part = parts[name] if name in parts else storage[tuple(name.split())][2]
+    part.view(-1)[-1] = value
+    assert not module.all_finite(agent, storage, losses)
+
+
+def test_the_earliest_is_named(rollout):
+    """What follows from it is not: the policy puts out NaN from then on."""
+    _, storage = rollout
+    storage["obs", "policy"][7, 1] = math.inf
+    storage["rewards"][5, 6] = storage["rewards"][5, 7] = math.nan
+    storage["policy", "loc"][6:] = math.nan
+    assert "iteration 9: rewards of environment 6, column [], is nan at step 5;" in module.describe_nan(9, storage, None)
 
 
 def test_a_group_that_nobody_reads(monkeypatch):
@@ -213,137 +406,197 @@ def test_a_group_that_nobody_reads(monkeypatch):
     assert list(stored[0]["obs"].keys()) == ["policy"]
 
 
-def test_an_update_that_spoils_the_statistics_stops_the_run():
-    """A number that is finite, and whose square is not: the tanh saturates and the loss is fine, the variance is not."""
-    args = args_of(activation="tanh", init_at_random_ep_len=False)
-    with pytest.raises(FloatingPointError, match="iteration 1: weights or statistics are not finite after the update"):
-        module.train(args, toy.Toy(8, fault=("obs", 30, 1e22)))
-    assert {file.name for file in only_run().glob("*.pt")} == {"model_0.pt", "nan_1.pt"}
-    assert module.all_finite([torch.ones(3), torch.zeros(0), torch.tensor(1)])
-    assert not any(module.all_finite([torch.ones(3), torch.tensor([0.0, value])]) for value in (math.nan, math.inf, -math.inf))
+def test_a_new_run_starts_from_a_policy(capsys):
+    """With --checkpoint and without --resume: the actor is that of the checkpoint, all else is new."""
+    first = module.train(args_of(max_iterations=3), make("cartpole", 16))
+    settings = dict(max_iterations=1, schedule="fixed", learning_rate=1e-30, log_root="")
+    second = module.train(args_of(checkpoint="model_2.pt", seed=5, **settings), make("cartpole", 16))
+    assert "starting from the policy of" in capsys.readouterr().out and len(second) == 1
+    assert is_same(dict(second.agent.actor.mlp.state_dict()), dict(first.agent.actor.mlp.state_dict()))
+    assert not is_same(dict(second.agent.critic.mlp.state_dict()), dict(first.agent.critic.mlp.state_dict()))
+    assert second.agent.optimizer.state_dict()["state"][0]["step"] == 20  # of one iteration
 
 
-@pytest.mark.parametrize("change", ["double", "zero_grad", "vector_to_parameters"])
-def test_networks_that_have_left_their_optimizer(change, monkeypatch):
-    """Their weights would stay as they are, without a word."""
-    make_storage = module.make_storage
-
-    def edited(obs, num_actions, actor, args):
-        if change == "vector_to_parameters":
-            flat = torch.nn.utils.parameters_to_vector(actor.parameters()).detach()
-            torch.nn.utils.vector_to_parameters(flat, actor.parameters())
-        else:
-            getattr(actor, change)()
-        return make_storage(obs, num_actions, actor, args)
-
-    monkeypatch.setattr(module, "make_storage", edited)
-    with pytest.raises(RuntimeError, match="is not trained: change networks before their FlatOptimizer is made"):
-        module.train(args_of(log_root="", env="cartpole"))
-
-
-class Shaped(Cartpole):
-    """A subclass of a built-in task with a state that it binds anew in every step."""
-
-    def step(self, actions):
-        obs, rewards, dones, extras = super().step(actions)
-        self.smooth = 0.9 * getattr(self, "smooth", 0.0) + rewards
-        return obs, self.smooth, dones, extras
+def test_which_checkpoint():
+    """A path, a glob, or a name in a run of the experiment; of several the newest run's last, by number; never a download."""
+    root = pathlib.Path("logs/ppo_continuous_cartpole").absolute()
+    for name in ("1/model_0", "1/model_50", "1/model_100", "2_mine/model_0", "2_mine/model_9", "wandb/abc/model_900"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / f"{name}.pt").touch()
+    (root / "3").mkdir()  # a run that was killed before its first checkpoint
+    for wanted, found in {
+        "": "2_mine/model_9.pt",
+        "model_0.pt": "2_mine/model_0.pt",
+        "model_50.pt": "1/model_50.pt",
+        "model_*0.pt": "2_mine/model_0.pt",
+        f"{root}/1/model_*.pt": "1/model_100.pt",
+        "logs/*/*mine/model_*.pt": "2_mine/model_9.pt",
+        "logs/ppo_continuous_cartpole/1/model_0.pt": "1/model_0.pt",
+    }.items():
+        assert module.find_checkpoint(args_of(checkpoint=wanted)).absolute() == root / found, wanted
 
 
-class Delegating:
-    def __init__(self, env):
-        self.env, self.last = env, torch.zeros(env.num_envs)
-
-    def __getattr__(self, name):
-        return getattr(self.env, name)
-
-    def step(self, actions):
-        obs, rewards, dones, extras = self.env.step(actions)
-        self.last = self.last + rewards
-        extras["log"] = {"success": dones.float().mean() if dones.any() else 0.0}  # now a tensor, now a number
-        return obs, rewards, dones, extras
-
-
-def test_state_that_is_added_to_a_built_in_task():
-    """`capturable` is not inherited: what these bind to new tensors can be changed after training."""
-    shaped, wrapped = Shaped(16), Delegating(make("cartpole", 16))
-    module.train(args_of(log_root="", max_iterations=2), shaped)
-    shaped.smooth.zero_()
-    history = module.train(args_of(log_root="", max_iterations=20), wrapped)
-    wrapped.last.zero_()
-    assert not module.is_capturable(shaped) and not module.is_capturable(wrapped) and module.is_capturable(wrapped.env)
-    assert all("Episode/success" in metrics for metrics in history)
-
-
-def test_an_environment_that_is_handed_over_names_the_run():
-    module.train(args_of(env="quadruped", max_iterations=1), toy.Toy(8))
-    assert [path.name for path in pathlib.Path("logs").iterdir()] == ["ppo_continuous_Toy"]
-    module.play(args_of(env="quadruped"), toy.Toy(4))
-    with pytest.raises(module.UserError, match="--video-interval: films take a second environment"):
-        module.train(args_of(env="quadruped", video_interval=1), toy.Toy(8))
+def test_a_run_name_of_any_kind():
+    """Its run is found again."""
+    history = module.train(args_of(run_name="walk/fast [1]", max_iterations=1), make("cartpole", 16))
+    assert module.find_checkpoint(args_of()) == history.run_dir / "model_0.pt"
 
 
 def test_rsl_rl_loads_our_checkpoint_and_we_load_its(tmp_path):
     pytest.importorskip("rsl_rl", reason="the reference, rsl-rl-lib==5.5.1, is in the extra `test`")
     import reference
 
-    args = args_of(actor_obs=("policy",), critic_obs=("policy",), num_envs=16)
-    module.train(args, make("cartpole", 16))
+    args, env = args_of(actor_obs=("policy",), critic_obs=("policy",)), make("cartpole", 16)
+    module.train(args, env)
     ours = only_run() / "model_5.pt"
     runner = reference.make_runner(args, make("cartpole", 16), log_dir=None)
     runner.load(str(ours))
     assert runner.current_learning_iteration == 5
     obs = make("cartpole", 16).get_observations()
-    assert torch.equal(runner.get_inference_policy()(obs), module.load_policy(ours)(obs))
+    assert torch.equal(runner.get_inference_policy()(obs), module.load_policy(ours).act(obs))
     runner.learn(1)  # its optimizer takes our state
     # Theirs, with other layer sizes than the defaults: the policy, and a resumed training
     theirs = tmp_path / "theirs" / "model_7.pt"
     theirs.parent.mkdir()
     runner.current_learning_iteration, runner.logger.writer = 7, None
     runner.save(str(theirs))
-    assert torch.equal(runner.get_inference_policy()(obs), module.load_policy(theirs)(obs))
+    with pytest.raises(module.UserError, match=r"holds weights only; load_policy\(path, args\)"):
+        module.load_policy(theirs)
+    settings = module.Args(env="cartpole", num_envs=2, device="cpu")  # of layers it knows nothing
+    for policy in (module.load_policy(theirs, settings), module.load_policy(theirs, settings, env)):
+        assert torch.equal(runner.get_inference_policy()(obs), policy.act(obs))
+    assert module.play(dataclasses.replace(settings, checkpoint=str(theirs)), make("cartpole", 2))["episode_length"] > 0
     history = module.train(args_of(resume=True, checkpoint=str(theirs), max_iterations=9, log_root=""), make("cartpole", 16))
     assert len(history) == 1
     assert history[0]["Loss/learning_rate"] != 1e-3
 
 
-def test_export_and_policy_agree(capsys):
-    module.train(args_of(max_iterations=2), make("cartpole", 16))
-    run = only_run()
-    assert "policy.onnx, which differs" in capsys.readouterr().out
+def run_main(monkeypatch, *flags) -> None:
+    """The command line, in this process."""
+    monkeypatch.setattr(sys, "argv", command(*flags)[1:])
+    module.main()
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "heteroscedastic", "beta"])
+def test_export_and_policy_agree(distribution, exports, monkeypatch, capsys):
+    """Exported after training and by --export alike, with the normaliser inside, for any batch size."""
     import onnx
     import onnxruntime
 
-    assert onnx.load(run / "exported" / "policy.onnx").opset_import[0].version == 18
-    session = onnxruntime.InferenceSession(run / "exported" / "policy.onnx")
-    obs = torch.randn(5, 5)
+    actor = module.train(args_of(max_iterations=2, distribution=distribution), make("cartpole", 16)).agent.actor
+    run, obs = only_run(), torch.randn(5, 5)
     policy = module.load_policy(run / "model_1.pt")
-    np.testing.assert_allclose(session.run(["actions"], {"obs": obs.numpy()})[0], policy(obs).numpy(), atol=1e-5)
-    assert torch.equal(torch.jit.load(run / "exported" / "policy.pt")(obs), policy(obs))
-    assert not policy(obs).requires_grad and policy.reset(torch.ones(5)) is None
+    for again in (False, True):
+        if again:
+            for file in (run / "exported").iterdir():
+                file.unlink()
+            run_main(monkeypatch, "--export", "--checkpoint", "model_1.pt")
+        assert capsys.readouterr().out.count("which differs from the policy by at most") == 2
+        assert onnx.load(run / "exported" / "policy.onnx").opset_import[0].version == 18
+        session = onnxruntime.InferenceSession(run / "exported" / "policy.onnx")
+        actions = policy.act(TensorDict({"policy": obs, "more": obs}, batch_size=[5]))
+        np.testing.assert_allclose(session.run(["actions"], {"obs": obs.numpy()})[0], actions.numpy(), atol=1e-5)
+        script = torch.jit.load(run / "exported" / "policy.pt")
+        assert torch.allclose(script(obs), actions, rtol=0.0, atol=1e-6) and torch.equal(policy(obs), actions)
+        assert script.reset(torch.ones(1)) is None and script.reset(None) is None
+    expected = actor.distribution(actor(TensorDict({"policy": obs}, batch_size=[5]))).mean
+    assert torch.equal(actions, expected) and actions.std() > 0.0
+    assert not actions.requires_grad and policy.reset(torch.ones(1)) is None
 
 
-def test_play_writes_film_and_plot(capsys):
+def test_a_loaded_policy_is_on_the_device_that_is_asked_for():
+    """Wherever it was trained; also what it reads and what it remembers."""
+    run_dir = module.train(args_of(max_iterations=1), make("cartpole", 16)).run_dir
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = module.load_policy(run_dir / "model_0.pt", args_of(device=device))
+    assert {policy.memory.device.type, policy.actor.example.device.type, policy.actor.mlp[0].weight.device.type} == {device}
+    policy.reset(torch.ones(1, dtype=torch.bool, device=device))
+
+
+def test_a_checkpoint_with_settings_that_are_not_known_here():
+    """As of another script, whose policy may well be the same."""
+    path = module.train(args_of(max_iterations=1), make("cartpole", 16)).run_dir / "model_0.pt"
+    obs, checkpoint = make("cartpole", 2).get_observations(), torch.load(path, weights_only=True)
+    checkpoint["resume"]["args"]["use_mirror_loss"] = True
+    torch.save(checkpoint, "other.pt")
+    assert torch.equal(module.load_policy("other.pt").act(obs), module.load_policy(path).act(obs))
+
+
+def test_play_writes_a_film(capsys, monkeypatch):
     module.train(args_of(max_iterations=1), make("cartpole", 16))
     means = module.play(args_of(play_envs=2))
     assert (only_run() / "play_model_0.gif").read_bytes()[:4] == b"GIF8"
     output = capsys.readouterr().out
     assert output.count("\nepisode ") == 2 and means["episode_length"] > 0
-    module.play(args_of(agent="random", play_envs=2, env="toy:make"))
+    run_main(monkeypatch, "--play", "--agent", "random", "--play-envs", "3", "--env", "toy:make")
+    assert capsys.readouterr().out.count("\nepisode ") == 3
 
 
-def test_play_plots_commanded_against_actual():
-    module.play(args_of(agent="zero", env="quadruped", play_envs=2))
-    [plot] = pathlib.Path("logs").glob("*/play_zero.png")
-    assert plot.read_bytes()[:4] == b"\x89PNG"
+def test_play_clips_the_actions_and_tells_the_policy_of_new_episodes():
+    """As in training; a policy with memory would go on with that of the last episode."""
+    env, seen = toy.Toy(4), []
+
+    class Wild:
+        act = staticmethod(lambda obs: torch.full((4, 1), 5.0))
+        reset = staticmethod(lambda dones: seen.append(dones.clone()))
+
+    step, given = env.step, []
+    env.step = lambda actions: given.append(actions.clone()) or step(actions)
+    env.episode_length_buf = torch.tensor([0, 5, 10, 15])
+    means = record.roll_out(env, Wild, "film", args_of(clip_actions=0.5))
+    assert torch.equal(torch.stack(given), torch.full((20, 4, 1), 0.5))
+    assert torch.stack(seen).sum(0).tolist() == [1, 1, 1, 1] and means["episode_length"] == (20 + 15 + 10 + 5) / 4
 
 
-def test_an_environment_that_cannot_draw_is_trained_and_played():
-    """And one whose observations are float64: training stores them in the networks' type, and so must a policy take them."""
-    module.train(args_of(env="toy:make", max_iterations=1, video_interval=1, logger="tensorboard"))
-    policy = module.load_policy(only_run() / "model_0.pt")
-    obs = toy.Toy(8).get_observations()
-    assert torch.equal(policy(obs), policy({group: x.double() for group, x in obs.items()}))
+def test_play_plots_what_the_quadruped_tracks_and_its_feet():
+    """`<path>.png` and `<path>_footfalls.png`, of the first episode."""
+    env = make("quadruped", 2, play=True)
+    env.max_episode_length = 30
+    module.play(args_of(agent="zero", env="quadruped"), env)
+    (folder,) = pathlib.Path("logs").iterdir()
+    assert {file.name for file in folder.iterdir()} == {"play_zero.gif", "play_zero.png", "play_zero_footfalls.png"}
+    assert (folder / "play_zero.png").read_bytes()[:4] == b"\x89PNG"
+
+
+class Wide(toy.Toy):
+    """Its observations are float64."""
+
+    def get_observations(self):
+        return super().get_observations().double()
+
+
+def make_wide(num_envs):
+    return Wide(num_envs)
+
+
+def test_observations_in_float64(capsys):
+    """Training stores them in the networks' type, and so must a policy take them, also one that is filmed."""
+    module.train(args_of(env="test_runs:make_wide", max_iterations=1, video_interval=1))
+    output = capsys.readouterr().out
+    assert "playing video_0" in output and "no film" not in output
+    policy, obs = module.load_policy(only_run() / "model_0.pt"), toy.Toy(8).get_observations()
+    assert torch.equal(policy.act(obs), policy.act(obs.double()))
+
+
+def test_pictures_that_cannot_be_drawn_cost_nothing_else(monkeypatch, capsys):
+    """It is said once."""
+    monkeypatch.setattr(Cartpole, "render", lambda env: 1 / 0)
+    means = module.play(args_of(agent="zero", play_envs=2))
+    assert means["episode_length"] == 500 and capsys.readouterr().out.count("no film or plot: ZeroDivisionError") == 1
+
+
+def test_a_viewer_of_the_simulators_own():
+    """It is given the policy, from observations to actions, and takes over."""
+    module.train(args_of(max_iterations=1), make("cartpole", 16))
+    env, acted = make("cartpole", 2), []
+
+    def view(act):
+        acted.append(act(env.get_observations()))
+        act.reset(torch.ones(2, dtype=torch.bool))
+
+    env.view = view
+    assert module.play(args_of(viewer=True), env) == {}
+    assert torch.equal(acted[0], module.load_policy(only_run() / "model_0.pt").act(env.get_observations()))
 
 
 class Drawn(toy.Toy):
@@ -358,7 +611,7 @@ class Drawn(toy.Toy):
 def test_an_environment_that_draws_elsewhere_and_has_an_odd_configuration():
     module.train(args_of(max_iterations=1), Drawn(8))
     module.play(args_of(agent="zero"), Drawn(8))
-    assert "lock" in (only_run() / "env.yaml").read_text()
+    assert "lock" in (only_run() / "env.txt").read_text()
 
 
 class Delayed(toy.Toy):
@@ -401,7 +654,7 @@ class Sparse(toy.Toy):
         self.ended.append(torch.rand(int(dones.sum())))
         self.buffer.fill_(self.steps)  # the same memory every time
         level = 2.0 if self.steps % 2 else torch.tensor([4.0, 6.0])
-        extras["log"] = {"ended": self.ended[-1], "steps": self.buffer, "level": level}
+        extras["log"] = {"ended": self.ended[-1], "steps": self.buffer, "level": level, "Metrics/own": 1}
         return obs, rewards, dones, extras
 
 
@@ -413,59 +666,7 @@ def test_a_log_is_averaged_over_all_its_entries():
         entries = torch.cat(env.ended[20 * iteration : 20 * (iteration + 1)])
         assert len(entries) == 8 and metrics["Episode/ended"] == pytest.approx(entries.mean().item())
         assert metrics["Episode/level"] == pytest.approx((10 * 2.0 + 10 * 4.0 + 10 * 6.0) / 30)
-        assert metrics["Episode/steps"] == 20 * iteration + 10.5
-
-
-def test_settings_of_a_run_can_be_read_back():
-    module.train(args_of(max_iterations=1, actor_obs=("policy",)), make("cartpole", 16))
-    settings = yaml.safe_load((only_run() / "args.yaml").read_text())
-    assert isinstance(settings["actor_obs"], list)
-    assert module.Args(**settings) == args_of(max_iterations=1, actor_obs=("policy",))
-    module.train(module.Args(**settings | {"log_root": ""}), make("cartpole", 16))
-
-
-class Numpy(toy.Toy):
-    def state_dict(self):
-        return {"x": self.x.numpy()}
-
-    def load_state_dict(self, state):
-        self.x = torch.as_tensor(state["x"])
-
-
-def test_what_no_checkpoint_can_hold_is_refused():
-    """It could be saved but not read again: found out before the training, not when it is to be resumed."""
-    with pytest.raises(module.UserError, match=r"^Args: no checkpoint can hold pathlib\S+; use "):
-        module.train(args_of(log_root=pathlib.Path("logs")), toy.Toy(8))
-    with pytest.raises(module.UserError, match=r"^Args: no checkpoint can hold numpy\S+; use "):
-        module.train(args_of(learning_rate=np.float64(1e-3)), toy.Toy(8))
-    with pytest.raises(module.UserError, match=r"^env.state_dict\(\): no checkpoint can hold numpy\S+; use "):
-        module.train(args_of(), Numpy(8))
-    assert not pathlib.Path("logs").exists()
-
-
-def test_the_command_that_started_from_a_checkpoint_resumes_its_own_run(capsys):
-    module.train(args_of(experiment_name="first", max_iterations=3), make("cartpole", 16))
-    checkpoint = str(next(pathlib.Path("logs/first").rglob("model_2.pt")))
-    settings = dict(experiment_name="second", checkpoint=checkpoint)
-    pathlib.Path("logs/second/0").mkdir(parents=True)
-    pathlib.Path("logs/second/0/args.yaml").touch()  # of a run that was killed when it wrote this
-    assert module.find_checkpoint(args_of(**settings, resume=True)) == pathlib.Path(checkpoint)  # no run has started from it
-    assert len(module.train(args_of(**settings, max_iterations=2), make("cartpole", 16))) == 2
-    for iterations in (4, 6):  # killed, and killed again
-        assert len(module.train(args_of(**settings, max_iterations=iterations, resume=True), make("cartpole", 16))) == 2
-    assert "resuming logs/second" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["obs policy", "rewards", "bootstrap"])
-def test_each_of_them_must_be_finite(name):
-    """By itself: a sample that no mini-batch takes spoils no loss."""
-    env, args = toy.Toy(8), args_of(num_envs=8)
-    actor, _ = module.make_models(env.get_observations(), 1, args)
-    storage = module.make_storage(env.get_observations(), 1, actor, args)
-    metrics = {"Loss/surrogate": torch.zeros(4), "Loss/value": torch.zeros(4)}
-    assert all(module.finite_flags(storage, metrics).values())
-    storage[tuple(name.split())][2, 3] = math.nan
-    assert [flag for flag, good in module.finite_flags(storage, metrics).items() if not good] == [f"finite/{name}"]
+        assert metrics["Episode/steps"] == 20 * iteration + 10.5 and metrics["Metrics/own"] == 1.0
 
 
 def test_an_environment_is_closed_by_who_made_it(monkeypatch):
@@ -474,17 +675,10 @@ def test_an_environment_is_closed_by_who_made_it(monkeypatch):
     module.train(args_of(max_iterations=1), env)
     module.play(args_of(play=True), env)
     assert not closed
-    module.train(args_of(env="toy:make", max_iterations=1))
-    module.play(args_of(env="toy:make", checkpoint=str(next(pathlib.Path("logs").rglob("model_0.pt"))), play=True))
-    assert len(closed) == 2
-
-
-def test_a_download_is_not_the_newest_run():
-    module.train(args_of(max_iterations=1), make("cartpole", 16))
-    own = only_run()
-    (own.parent / "wandb" / "abc").mkdir(parents=True)
-    (own.parent / "wandb" / "abc" / "model_900.pt").touch()
-    assert module.find_checkpoint(args_of()) == own / "model_0.pt"
+    module.train(args_of(env="toy:make", max_iterations=1, video_interval=1))
+    assert len(closed) == 2  # what was trained in, and what was filmed in
+    module.play(args_of(env="toy:make", play=True))
+    assert len(closed) == 3
 
 
 def test_no_terminations():
@@ -492,42 +686,57 @@ def test_no_terminations():
     assert means["episode_length"] == 500
 
 
-def test_films_during_training():
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    args = args_of(max_iterations=2, video_interval=1, logger="tensorboard")
-    module.train(args, make("cartpole", 16))
+def test_films_during_training(capsys):
+    """They change nothing, and where none can be made, as of an environment that was handed over, the training goes on."""
+    history = module.train(args_of(max_iterations=2, video_interval=1), make("cartpole", 16))
     assert {"video_0.gif", "video_1.gif"} <= {file.name for file in only_run().iterdir()}
-    assert EventAccumulator(str(only_run())).Reload().Tags()["images"] == ["video"]
+    plain = module.train(args_of(max_iterations=2, log_root=""), make("cartpole", 16))
+    assert str(numbers(history)) == str(numbers(plain)) and "no film" not in capsys.readouterr().out
+    assert len(module.train(args_of(env="cartpole", max_iterations=2, video_interval=1, log_root="other"), toy.Toy(8))) == 2
+    assert capsys.readouterr().out.count("no film") == 2
 
 
 def test_wandb_offline():
-    module.train(args_of(max_iterations=2, logger="wandb", video_interval=1), make("cartpole", 16))
-    records = list(only_run().glob("wandb/offline-run-*/run-*.wandb"))
-    assert len(records) == 1
-    wanted, end = (b"Loss/surrogate", b"model_1.pt", b"learning_rate"), time.monotonic() + 60.0
-    while not all(text in records[0].read_bytes() for text in wanted) and time.monotonic() < end:
-        time.sleep(0.5)  # another process writes: on a loaded machine the file was still empty once
-    assert all(text in records[0].read_bytes() for text in wanted)
+    """Each training is a run of its own, with the settings, all numbers, checkpoints and films."""
+    import wandb
+
+    for _ in range(2):
+        module.train(args_of(max_iterations=2, logger="wandb", video_interval=1), make("cartpole", 16))
+    wandb.finish()
+    runs = sorted(pathlib.Path("logs").glob("*/*"))
+    records = [list(run.glob("wandb/offline-run-*/run-*.wandb")) for run in runs]
+    assert [len(files) for files in records] == [1, 1]
+    for (file,), run in zip(records, runs):
+        uploaded = {path.name for path in file.parent.joinpath("files").iterdir()}
+        assert {"model_0.pt", "model_1.pt", "video_0.gif", "video_1.gif"} <= uploaded
+        wanted, end = (b"Loss/surrogate", b"model_1.pt", b"learning_rate"), time.monotonic() + 60.0
+        while not all(text in file.read_bytes() for text in wanted) and time.monotonic() < end:
+            time.sleep(0.5)  # another process writes: on a loaded machine the file was still empty once
+        assert all(text in file.read_bytes() for text in wanted), run
 
 
 class ListWriter:
-    """A writer of one's own: add_scalar, and what it likes of rsl_rl's other methods."""
+    """A writer of one's own: made from the run's folder, with add_scalar; what else it has may be close."""
 
     made = []
 
-    def __init__(self, log_dir):
-        self.scalars, self.models, self.stopped = {}, [], False
+    def __init__(self, folder):
+        self.folder, self.scalars, self.closed = folder, {}, False
         ListWriter.made.append(self)
 
     def add_scalar(self, tag, value, step):
         self.scalars.setdefault(tag, []).append((step, value))
 
-    def save_model(self, path, step):
-        self.models.append((pathlib.Path(path).name, step))
+    def close(self):
+        self.closed = True
 
-    def stop(self):
-        self.stopped = True
+
+class Bare:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def add_scalar(self, tag, value, step):
+        assert not math.isnan(value)  # of an iteration in which no episode ended
 
 
 def test_writer_of_ones_own():
@@ -536,39 +745,46 @@ def test_writer_of_ones_own():
 
     (writer,) = test_runs.ListWriter.made
     assert writer.scalars["Loss/value"] == [(0, history[0]["Loss/value"]), (1, history[1]["Loss/value"])]
-    assert writer.models == [("model_0.pt", 0), ("model_1.pt", 1)] and writer.stopped
+    assert set(writer.scalars) == set(history[1])
+    assert writer.folder == str(history.run_dir) and writer.closed
+    history = module.train(args_of(logger="test_runs:Bare", max_iterations=1, log_root="other"), make("cartpole", 16))
+    assert math.isnan(history[0]["Train/mean_reward"])
 
 
 def test_wandb_run_path(monkeypatch):
-    """Downloads the newest model artifact; W&B's server is replaced, its client's interface is not."""
+    """Downloads the newest checkpoint; W&B's server is replaced, its client's interface is not."""
     import wandb
 
-    module.train(args_of(max_iterations=2), make("cartpole", 16))
-    source = only_run() / "model_1.pt"
+    class File:
+        def __init__(self, name):
+            self.name = name
 
-    class Artifact:
-        type = "model"
-
-        def download(self, root):
-            pathlib.Path(root).mkdir(parents=True)
-            (pathlib.Path(root) / source.name).write_bytes(source.read_bytes())
-            return root
+        def download(self, root, replace):
+            path = pathlib.Path(root) / self.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{self.name} of abc")
+            return open(path)
 
     class Run:
         id = "abc"
-        logged_artifacts = staticmethod(lambda: [Artifact()])
+        files = staticmethod(lambda: [File(f"{name}.pt") for name in ("model_9", "model_10", "model_2", "nan_99")])
 
-    monkeypatch.setattr(wandb, "Api", lambda: type("Api", (), {"run": staticmethod(lambda path: Run())}))
-    assert module.find_checkpoint(args_of(wandb_run_path="me/walking/abc")).read_bytes() == source.read_bytes()
+    asked = []
+    monkeypatch.setattr(wandb, "Api", lambda: type("Api", (), {"run": staticmethod(lambda path: asked.append(path) or Run())}))
+    path = module.find_checkpoint(args_of(wandb_run_path="me/walking/abc"))
+    assert path.read_text() == "model_10.pt of abc" and asked == ["me/walking/abc"]
+    assert path.parent == pathlib.Path("logs/ppo_continuous_cartpole/wandb/abc").absolute()
 
 
 @pytest.mark.parametrize("name", ["ppo_continuous", "ppo_rnn", "ppo_cnn", "ppo_multigpu"])
 def test_copied_script_runs_alone(name, tmp_path):
-    """Outside the repository, with a five-line environment and nothing else."""
+    """Outside the repository, with a five-line environment and what the script's first lines tell to install."""
     folder = tmp_path / "project"
     folder.mkdir()
     (folder / "my_ppo.py").write_text(pathlib.Path(SCRIPT).with_name(f"{name}.py").read_text())
     (folder / "toy.py").write_text(pathlib.Path(toy.__file__).read_text())
+    for absent in ("onnx", "onnxscript", "onnxruntime", "wandb", "yaml", "matplotlib"):
+        (folder / f"{absent}.py").write_text(f"raise ModuleNotFoundError('no {absent}', name='{absent}')")
     flags = ["--env", "toy:make", "--max-iterations", "1", "--logger", "none"]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command(*flags, script="my_ppo.py"), cwd=folder, env=env, capture_output=True, text=True)
@@ -599,7 +815,7 @@ def test_the_asked_precision_reaches_cudnn(name):
     script, before = __import__(name), (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
     try:
         for precision, allowed in (("highest", False), ("high", True), ("highest", False)):
-            script.set_up_torch(script.Args(device="cpu", num_threads=1, float32_matmul_precision=precision))
+            script.set_up_torch(script.Args(device="cpu", float32_matmul_precision=precision))
             assert torch.backends.cudnn.allow_tf32 == allowed
     finally:
         torch.backends.cudnn.allow_tf32 = before[0]

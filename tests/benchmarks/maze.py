@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import json
 import os
@@ -31,12 +30,10 @@ def train(script: str, seed: int, iterations: int | None) -> dict:
     from envs import defaults, make
 
     module = importlib.import_module(script)
-    fields = {field.name for field in dataclasses.fields(module.Args)}
-    tuned = {name: value for name, value in defaults("navigation-maze").items() if name in fields}
-    args = module.Args(env="navigation-maze", seed=seed, log_root="", **tuned)
-    args.max_iterations = iterations or args.max_iterations
+    settings = defaults("navigation-maze", module.Args.__dataclass_fields__)
+    settings |= dict(env="navigation-maze", seed=seed, log_root="", device="cpu")  # in a CUDA graph no step would be counted
+    args = module.Args(**settings | ({"max_iterations": iterations} if iterations else {}))
     env = make(args.env, args.num_envs, seed=seed)
-    env.capturable = False  # a captured step would not count
     step, counts = env.step, []
     quarter = args.max_iterations * args.num_steps_per_env // QUARTERS  # env steps per environment
 

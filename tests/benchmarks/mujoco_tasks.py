@@ -1,4 +1,4 @@
-"""PPO on MuJoCo tasks through EnvPool: this project and rsl_rl 5.5.1, same settings, 1 million env steps, several seeds.
+"""PPO on MuJoCo tasks through EnvPool: this project and rsl_rl 5.5.1, same settings and env steps, several seeds.
 
     pip install -e ".[envpool]" rsl-rl-lib==5.5.1
     python tests/benchmarks/mujoco_tasks.py                               # 30 trainings, about a minute each on one core
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -25,7 +24,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # Published for ppo_continuous_action.py at 1 million steps: docs.cleanrl.dev/rl-algorithms/ppo (none for Ant-v4).
 CLEANRL = {"HalfCheetah-v4": "1442.6 +- 46.0", "Hopper-v4": "2382.9 +- 271.7"}
-ENV_STEPS = 1_000_000
 
 
 def count_returns(env) -> list[tuple[int, float]]:
@@ -45,17 +43,15 @@ def count_returns(env) -> list[tuple[int, float]]:
     return finished
 
 
-def train(arm: str, task: str, seed: int) -> float:
+def train(arm: str, task: str, seed: int, env_steps: int) -> float:
     import ppo_continuous
     from envs import defaults, make
 
     env_id = f"envpool:{task}"
-    tuned = {k: v for k, v in defaults(env_id).items() if k in ppo_continuous.Args.__dataclass_fields__}
-    args = ppo_continuous.Args(
-        **tuned | dict(env=env_id, seed=seed, log_root="", actor_obs=("policy",), critic_obs=("policy",))
-    )
-    iterations = ENV_STEPS // (args.num_envs * args.num_steps_per_env)
-    args = dataclasses.replace(args, max_iterations=iterations, num_threads=1)
+    settings = defaults(env_id, ppo_continuous.Args.__dataclass_fields__)
+    iterations = env_steps // (settings["num_envs"] * settings["num_steps_per_env"])
+    settings |= dict(env=env_id, seed=seed, max_iterations=iterations, log_root="", device="cpu")
+    args = ppo_continuous.Args(**settings | dict(actor_obs=("policy",), critic_obs=("policy",)))
     env = make(env_id, args.num_envs, seed=seed)
     finished = count_returns(env)
     with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
@@ -64,15 +60,15 @@ def train(arm: str, task: str, seed: int) -> float:
         else:
             import reference
 
-            torch.manual_seed(seed)
             reference.make_runner(args, env).learn(iterations, init_at_random_ep_len=True)
-    return statistics.mean(total for steps, total in finished if steps > 0.9 * ENV_STEPS)
+    return statistics.mean(total for steps, total in finished if steps > 0.9 * env_steps)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--tasks", nargs="+", default=["HalfCheetah-v4", "Hopper-v4", "Ant-v4"])
+    parser.add_argument("--env-steps", type=int, default=1_000_000)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("logs/benchmark_mujoco"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -84,10 +80,12 @@ def main() -> None:
             for arm, returns in results[task].items():
                 file = options.out / f"{task}_{arm}_{seed}.json"
                 if not file.exists():
-                    file.write_text(json.dumps(train(arm, task, seed)))
+                    file.write_text(json.dumps(train(arm, task, seed, options.env_steps)))
                     print(f"trained {arm} on {task}, seed {seed}", flush=True)
                 returns.append(json.loads(file.read_text()))
-    print(f"{'return after 1 M steps':24s}{'ours':>20s}{'rsl_rl 5.5.1':>20s}{'CleanRL, published':>20s}")
+    print(
+        f"{f'return after {options.env_steps / 1e6:g} M steps':24s}{'ours':>20s}{'rsl_rl 5.5.1':>20s}{'CleanRL, published':>20s}"
+    )
     for task, arms in results.items():
         columns = [f"{statistics.mean(x):.1f} +- {statistics.stdev(x):.1f}" for x in arms.values()]
         print(f"{task:24s}" + "".join(f"{column:>20s}" for column in [*columns, CLEANRL.get(task, "-")]))

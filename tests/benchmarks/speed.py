@@ -1,16 +1,15 @@
-"""Speed against rsl_rl 5.5.1, skrl, CleanRL or LeanRL: same environment, networks, batch and threads, in turn A B A B.
+"""Time of whole iterations: against rsl_rl 5.5.1, another checkout, skrl, CleanRL or LeanRL, on equal terms, in turn A B A B.
 
-    python tests/benchmarks/speed.py                              # 1024 environments, 512-256-128
-    python tests/benchmarks/speed.py --script ppo_rnn             # any script, on its own task with that task's settings
-    python tests/benchmarks/speed.py --peer skrl                  # pip install skrl
-    python tests/benchmarks/speed.py --peer cleanrl --source ~/cleanrl/cleanrl/ppo_continuous_action.py   # or leanrl
-    python tests/benchmarks/speed.py --num-envs 8 --hidden-dims 8 8 8 --threads 1     # host overhead alone
-    python tests/benchmarks/speed.py --count                      # kernels and waits per mini-batch, on any machine
-    python tests/benchmarks/speed.py --table                      # every row of the README, without and with --compile
-    python tests/benchmarks/speed.py --table --device cuda --float32-matmul-precision high     # ... of a GPU
+    python tests/benchmarks/speed.py --table                      # every row against rsl_rl, without and with --compile
+    python tests/benchmarks/speed.py --against ../older           # every row against the scripts of another checkout
+    python tests/benchmarks/speed.py --count --rows quickstart    # kernels, host waits and memory of an iteration
+    python tests/benchmarks/speed.py --peer skrl --rows cartpole-64-64                                  # pip install skrl
+    python tests/benchmarks/speed.py --peer cleanrl --source ~/cleanrl/cleanrl/ppo_continuous_action.py # or leanrl
+    python tests/benchmarks/speed.py --table --device cuda --float32-matmul-precision high
 
-Prints the median time of collection, learning and the whole iteration, the ratio of the medians and its spread over the
-rounds, and with --json writes them. Machines are noisy: quote the ratio, not the times.
+In each round every side trains anew, in a process of its own; its first three iterations warm up. Printed are medians over
+the rounds, and by what factor ours are faster: the ratio of the medians (its range over the rounds). Times are those that
+ours and rsl_rl log; both count episodes, neither's writing is in them. Machines are noisy: quote ratios, not times.
 """
 
 from __future__ import annotations
@@ -20,16 +19,18 @@ import dataclasses
 import functools
 import importlib
 import io
-import json
 import multiprocessing
+import os
 import pathlib
+import runpy
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from typing import Literal
+from unittest import mock
 
 import torch
 import tyro
@@ -38,115 +39,132 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
-# What each script is for. Cartpole costs next to nothing, so that the learner shows.
-TASKS = {
-    "ppo_continuous": "cartpole",
-    "ppo_rnn": "navigation-cue",
-    "ppo_cnn": "navigation-pixels",
-    "ppo_rnd": "navigation-maze",
-    "ppo_symmetry": "quadruped",
-    "distill_dagger": "quadruped",
-}
-
-# What the files of CleanRL and LeanRL have no flags for.
-FIXED = dict(actor_obs=("policy",), critic_obs=("policy",), actor_hidden_dims=(64, 64), critic_hidden_dims=(64, 64))
-FIXED |= dict(activation="tanh", std_type="log", obs_normalization=False, schedule="fixed")
-FIXED |= dict(normalize_advantage_per_mini_batch=True, init_at_random_ep_len=False)
+def dims(*sizes: int) -> dict:
+    return {"actor_hidden_dims": sizes, "critic_hidden_dims": sizes}
 
 
-# The README's rows on a CPU, and a GPU's.
-SCRIPTS = [f"--script {script} --rounds 6" for script in TASKS if script not in ("ppo_continuous", "distill_dagger")]
-SCRIPTS += ["--script distill_dagger --rounds 4 --iterations 5"]
+# Script and settings, where they are not those that the task recommends.
 ROWS = {
-    "cpu": [
-        "--env quadruped --hidden-dims 128 64 --rounds 9 --iterations 7",
-        "--hidden-dims 64 64 --rounds 9 --iterations 8",
-        "--rounds 5 --iterations 5",
-        "--num-envs 8 --hidden-dims 8 8 8 --threads 1 --rounds 11 --iterations 10",
-        *SCRIPTS,
-    ],
-    "cuda": [
-        *(
-            f"--env quadruped --num-envs {n} --hidden-dims {d}"
-            for n in (256, 1024, 4096, 16384)
-            for d in ("64 64", "512 256 128")
-        ),
-        *SCRIPTS,
-    ],
+    "quickstart": ("ppo_continuous", dict(env="quadruped")),  # 128-64
+    "quadruped-512-256-128": ("ppo_continuous", dict(env="quadruped", **dims(512, 256, 128))),
+    "cartpole-64-64": ("ppo_continuous", dict(env="cartpole", num_envs=1024, **dims(64, 64))),
+    "cartpole-8-envs": ("ppo_continuous", dict(env="cartpole", num_envs=8, **dims(8, 8, 8))),  # host overhead alone
+    "rnn": ("ppo_rnn", dict(env="navigation-cue")),
+    "rnn-256": ("ppo_rnn", dict(env="navigation-cue", num_envs=1024, rnn_hidden_dim=256)),
+    "cnn": ("ppo_cnn", dict(env="navigation-pixels")),
+    "rnd": ("ppo_rnd", dict(env="navigation-maze")),
+    "symmetry": ("ppo_symmetry", dict(env="quadruped")),
+    "distill": ("distill_dagger", dict(env="quadruped", teacher=("teacher.pt",), student_obs=("policy",))),
 }
+ON_GPU = {
+    f"quadruped-{n}-{'-'.join(map(str, sizes))}": ("ppo_continuous", dict(env="quadruped", num_envs=n, **dims(*sizes)))
+    for n in (256, 1024, 4096, 16384)
+    for sizes in ((64, 64), (512, 256, 128))
+}
+# What the files of CleanRL and LeanRL have no flags for.
+FIXED = dict(actor_obs=("policy",), critic_obs=("policy",), activation="tanh", std_type="log", obs_normalization=False)
+FIXED |= dict(schedule="fixed", normalize_advantage_per_mini_batch=True, init_at_random_ep_len=False, **dims(64, 64))
 
 
 @dataclasses.dataclass
-class Settings:
-    script: Literal["ppo_continuous", "ppo_rnn", "ppo_cnn", "ppo_rnd", "ppo_symmetry", "distill_dagger"] = "ppo_continuous"
-    """Which script; the base runs with rsl_rl's defaults, the others with what their task recommends."""
-    env: str = ""
-    """Built-in task; left out: the script's."""
-    num_envs: int = 0
-    """0: 1024, or what the task recommends."""
-    hidden_dims: tuple[int, ...] = ()
-    """Left out: 512 256 128, or what the task recommends."""
-    rounds: int = 5
-    """Interleaved rounds."""
-    iterations: int = 6
-    """Iterations per round; the first three warm up (with CUDA graphs they are eager)."""
-    threads: int = 2
-    device: str = "cpu"
-    compile: bool = False
-    """Our --compile."""
-    compile_peer: bool = False
-    """rsl_rl's `torch_compile_mode="default"`."""
-    float32_matmul_precision: str = "highest"
-    timeout_bootstrap: str = "reference"
-    """`reference` does exactly what rsl_rl does; `final_obs` costs one more value estimate per step."""
+class Options:
+    table: bool = False
+    """All rows against rsl_rl."""
+    against: str = ""
+    """All rows against the scripts of the checkout at this path."""
+    count: bool = False
+    """Count kernels, host waits and memory instead of timing, against rsl_rl or --against."""
     peer: Literal["rsl_rl", "skrl", "cleanrl", "leanrl"] = "rsl_rl"
-    """With whom to compare; with the last two on their terms: 64-64 tanh, no normalisation, fixed learning rate."""
+    """The other side; the last two on their terms: 64-64 tanh, no normalisation, fixed learning rate."""
     source: str = ""
     """The file in your clone of theirs, ppo_continuous_action.py or LeanRL's ..._torchcompile.py (wants tensordict<0.14)."""
-    count: bool = False
-    """Count kernels and host waits of one update instead of timing."""
-    table: bool = False
-    """All rows of the README, each in a process of its own."""
-    json: str = ""
-    """Also write the figures here."""
+    rows: tuple[str, ...] = ()
+    """Only these rows; default: all with --table and --against, else the quick start (cartpole-64-64 with --peer)."""
+    num_envs: int = 0
+    """In all rows; 0: the row's own."""
+    rounds: int = 5
+    iterations: int = 8
+    """In each round; the first three do not count."""
+    threads: int = 0
+    """Of each side; 0: as our scripts choose."""
+    device: str = "cpu"
+    float32_matmul_precision: str = "highest"
 
 
 def quiet():
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def make_args(settings: Settings):
-    """The script's own `Args`; the groups spelt out, as rsl_rl wants them."""
+def make_settings(row: str, options: Options) -> tuple[str, dict]:
+    """The script, and what its Args are to be told: what the task recommends, and the row's own."""
+    from envs import defaults
+
+    script, own = (ROWS | ON_GPU)[row]
+    settings = defaults(own["env"], importlib.import_module(script).Args.__dataclass_fields__) | own
+    settings |= {"num_envs": options.num_envs} if options.num_envs else {}
+    settings |= FIXED if options.peer in ("cleanrl", "leanrl") else {}
+    names = ("device", "float32_matmul_precision")
+    return script, settings | {name: getattr(options, name) for name in names} | dict(max_iterations=options.iterations)
+
+
+def in_new_process(root: pathlib.Path, function, *arguments):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, root, function, *arguments).result()
+
+
+def work(root: pathlib.Path, function, *arguments):
+    """The scripts and environments of this checkout are those that are imported."""
+    sys.path.insert(0, str(root))
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        os.chdir(folder)
+        return function(*arguments)
+
+
+def fields(script: str) -> set[str]:
+    return set(importlib.import_module(script).Args.__dataclass_fields__)
+
+
+def prepare(script: str, settings: dict):
+    """The script, its Args, an environment, and for distillation a teacher."""
+    import cases
+
     from envs import make
 
-    script = importlib.import_module(settings.script)
-    base = settings.script == "ppo_continuous"
-    env = settings.env or TASKS[settings.script]
-    chosen = {} if base else script.recommended(env)
-    chosen |= {"num_envs": settings.num_envs} if settings.num_envs else {"num_envs": 1024} if base else {}
-    networks = ("student",) if settings.script == "distill_dagger" else ("actor", "critic")
-    chosen |= {f"{network}_hidden_dims": settings.hidden_dims for network in networks} if settings.hidden_dims else {}
-    chosen |= FIXED if settings.peer in ("cleanrl", "leanrl") else {}
-    names = ("compile", "device", "float32_matmul_precision", "timeout_bootstrap")
-    chosen |= {name: getattr(settings, name) for name in names if hasattr(script.Args, name)}
-    args = script.Args(**chosen | dict(env=env, max_iterations=settings.iterations, num_threads=settings.threads, log_root=""))
-    obs = make(env, 2).get_observations()
-    with quiet():
-        if settings.script == "distill_dagger":
-            teacher = make_teacher(env, settings)
-            return dataclasses.replace(args, student_obs=("policy",), teacher=(teacher,))
-        groups = script.resolve_groups(obs, args)
-    return dataclasses.replace(args, **{f"{network}_obs": names for network, names in groups.items()})
+    module = importlib.import_module(script)
+    if "teacher" in settings:
+        cases.write_teacher(settings["teacher"][0], make(settings["env"], 1))
+    args = module.Args(**settings | dict(log_root=""))
+    return module, args, make(args.env, args.num_envs, device=args.device, seed=1)
 
 
-def make_teacher(env: str, settings: Settings) -> str:
-    """The checkpoint of a teacher that was trained for one iteration: what it knows costs no time."""
-    import ppo_continuous
+# Each side: script and settings -> seconds of collection and of learning, for every iteration.
 
-    args = dict(num_envs=64, max_iterations=1, actor_obs=("policy", "privileged"), critic_obs=("policy", "privileged"))
-    folder = tempfile.mkdtemp()
-    ppo_continuous.train(ppo_continuous.Args(env=env, log_root=folder, logger="none", num_threads=settings.threads, **args))
-    return str(next(pathlib.Path(folder).rglob("model_0.pt")))
+
+def time_ours(script: str, settings: dict) -> list[tuple[float, float]]:
+    module, args, env = prepare(script, settings)
+    return [(m["Perf/collection_time"], m["Perf/learning_time"]) for m in module.train(args, env)]
+
+
+def make_reference(script: str, settings: dict):
+    """rsl_rl's runner; it writes a log, for which it counts episodes, as ours do."""
+    import cases
+    import reference
+
+    module, args, env = prepare(script, settings)
+    args = module.choose_groups(env.get_observations(), module.set_up_torch(args))
+    if "teacher" in settings:
+        runner = reference.make_distillation_runner(args, env, cases.TEACHER, device=args.device)
+    else:
+        runner = reference.make_runner(args, env, device=args.device)
+    runner.logger.log_dir, runner.save = ".", lambda *_: None
+    return runner
+
+
+def time_rsl_rl(script: str, settings: dict) -> list[tuple[float, float]]:
+    runner, times = make_reference(script, settings), []
+    runner.logger.log = lambda collect_time, learn_time, **_: times.append((collect_time, learn_time))
+    runner.learn(settings["max_iterations"], init_at_random_ep_len=True)
+    return times
 
 
 def now(device: str) -> float:
@@ -155,48 +173,8 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def time_reference(args, env, compiled: bool = False) -> dict[str, list[float]]:
-    import reference
-
-    if hasattr(args, "teacher"):
-        import ppo_continuous
-
-        settings = torch.load(args.teacher[0], weights_only=True)["resume"]["args"]
-        runner = reference.make_distillation_runner(args, env, ppo_continuous.Args(**settings), device=args.device)
-    else:
-        config = reference.configuration(args)
-        if compiled:
-            config["torch_compile_mode"] = "default"
-        runner = reference.make_runner(args, env, config=config, device=args.device)
-    marks, update, compute_returns = [now(args.device)], runner.alg.update, runner.alg.compute_returns
-
-    def marked(function):
-        def call(*arguments):
-            if function is compute_returns:
-                marks.append(now(args.device))
-            result = function(*arguments)
-            if function is update:
-                marks.append(now(args.device))
-            return result
-
-        return call
-
-    runner.alg.update, runner.alg.compute_returns = marked(update), marked(compute_returns)
-    with quiet():
-        runner.learn(args.max_iterations, init_at_random_ep_len=True)
-    pairs = list(zip(marks, marks[1:]))
-    return {"collection": [b - a for a, b in pairs[::2]], "learning": [b - a for a, b in pairs[1::2]]}
-
-
-def time_ours(args, env) -> dict[str, list[float]]:
-    script = sys.modules[type(args).__module__]
-    with quiet():
-        history = script.train(args, env)
-    return {name: [metrics[f"Perf/{name}_time"] for metrics in history] for name in ("collection", "learning")}
-
-
-def time_skrl(args, env) -> dict[str, list[float]]:
-    """skrl's own agent, memory and trainer, with the networks, batch, coefficients and normalisation of `args`."""
+def time_skrl(script: str, settings: dict) -> list[tuple[float, float]]:
+    """skrl's own agent, memory and trainer, with the networks, batch, coefficients and normalisation of the row."""
     import gymnasium
     import numpy as np
     import skrl
@@ -208,9 +186,9 @@ def time_skrl(args, env) -> dict[str, list[float]]:
     from skrl.resources.schedulers.torch import KLAdaptiveLR
     from skrl.trainers.torch import SequentialTrainer, SequentialTrainerCfg
 
-    import ppo_continuous
-
     skrl.logger.setLevel("ERROR")
+    module, args, env = prepare(script, settings)
+    module.set_up_torch(args)
     size = env.get_observations()["policy"].shape[1]
     spaces = dict(
         observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (size,)),
@@ -218,7 +196,8 @@ def time_skrl(args, env) -> dict[str, list[float]]:
     )
 
     class Wrapped(Wrapper):
-        observation_space, action_space = spaces["observation_space"], spaces["action_space"]
+        observation_space, action_space = spaces.values()
+        state = render = close = lambda self: None
 
         def reset(self):
             return self._env.get_observations()["policy"], {}
@@ -228,20 +207,11 @@ def time_skrl(args, env) -> dict[str, list[float]]:
             truncated = extras["time_outs"].unsqueeze(-1)
             return obs["policy"], rewards.unsqueeze(-1), dones.unsqueeze(-1) & ~truncated, truncated, {}
 
-        def state(self):
-            return None
-
-        def render(self):
-            return None
-
-        def close(self):
-            pass
-
     class Policy(GaussianMixin, Model):
         def __init__(self):
             Model.__init__(self, **spaces, device=args.device)
             GaussianMixin.__init__(self)
-            self.net = ppo_continuous.make_mlp(size, env.num_actions, args.actor_hidden_dims, args.activation)
+            self.net = module.make_mlp(size, env.num_actions, args.actor_hidden_dims, args.activation)
             self.log_std = torch.nn.Parameter(torch.zeros(env.num_actions))
 
         def compute(self, inputs, role):
@@ -251,7 +221,7 @@ def time_skrl(args, env) -> dict[str, list[float]]:
         def __init__(self):
             Model.__init__(self, **spaces, device=args.device)
             DeterministicMixin.__init__(self)
-            self.net = ppo_continuous.make_mlp(size, 1, args.critic_hidden_dims, args.activation)
+            self.net = module.make_mlp(size, 1, args.critic_hidden_dims, args.activation)
 
         def compute(self, inputs, role):
             return self.net(inputs["observations"]), {}
@@ -283,24 +253,18 @@ def time_skrl(args, env) -> dict[str, list[float]]:
 
     agent.update = marked
     steps = args.max_iterations * args.num_steps_per_env
-    with quiet():
-        options = SequentialTrainerCfg(
-            timesteps=steps, headless=True, disable_progressbar=True, close_environment_at_exit=False
-        )
-        SequentialTrainer(cfg=options, env=Wrapped(env), agents=agent).train()
-    pairs = list(zip(marks, marks[1:]))
-    return {"collection": [b - a for a, b in pairs[::2]], "learning": [b - a for a, b in pairs[1::2]]}
+    trainer = dict(timesteps=steps, headless=True, disable_progressbar=True, close_environment_at_exit=False)
+    SequentialTrainer(cfg=SequentialTrainerCfg(**trainer), env=Wrapped(env), agents=agent).train()
+    return [(b - a, c - b) for a, b, c in zip(marks[::2], marks[1::2], marks[2::2])]
 
 
-def time_file(source: str, args, env) -> dict[str, list[float]]:
-    """CleanRL's or LeanRL's own file, run as it is, as a program; `env` stands in for its gymnasium environment."""
-    import os
-    import runpy
-    from unittest import mock
-
+def time_file(source: str, script: str, settings: dict) -> list[tuple[float, float]]:
+    """CleanRL's or LeanRL's own file, run as it is, as a program; our environment stands in for its gymnasium one."""
     import gymnasium
     import numpy as np
 
+    module, args, env = prepare(script, settings)
+    module.set_up_torch(args)
     size, starts, ends = env.get_observations()["policy"].shape[1], [], []
 
     class Vector:
@@ -330,240 +294,147 @@ def time_file(source: str, args, env) -> dict[str, list[float]]:
     flags |= dict(learning_rate=args.learning_rate, gamma=args.gamma, gae_lambda=args.lam, ent_coef=args.entropy_coef)
     flags |= dict(vf_coef=2.0 * args.value_loss_coef, max_grad_norm=args.max_grad_norm)  # theirs halves the squared error
     argv = [source, "--no-anneal-lr", "--no-cuda" if args.device == "cpu" else "--cuda"] + ["--compile"] * args.compile
-    argv += [f"--{name}={value}" for name, value in flags.items()]
-    torch._dynamo.reset()  # every round compiles anew: Dynamo gives up on a function after eight times
     with (
-        quiet(),
-        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(sys, "argv", argv + [f"--{name}={value}" for name, value in flags.items()]),
         mock.patch.dict(os.environ, WANDB_MODE="disabled"),
         mock.patch("torch.utils.tensorboard.SummaryWriter"),  # here nobody writes logs
         mock.patch.object(gymnasium.vector, "SyncVectorEnv", Vector),
-        torch._dynamo.config.patch(trace_autograd_ops=False),  # torch's default, which our --compile changes
     ):
         runpy.run_path(source, run_name="__main__")
     # An iteration goes from its first env step to the next one's: the policy's step before that counts as learning.
     starts, ends = starts[::steps], ends[steps - 1 :: steps]
-    pairs = {"collection": zip(starts, ends), "learning": zip(ends, starts[1:])}
-    return {part: [b - a for a, b in marks] for part, marks in pairs.items()}
+    return [(b - a, c - b) for a, b, c in zip(starts, ends, starts[1:])]
 
 
-def time_round(name: str, args, settings: Settings) -> dict[str, float]:
-    """Seconds that an iteration of a new training takes, and its parts: medians."""
-    from envs import make
-
-    functions = {
-        "ours": time_ours,
-        "rsl_rl": functools.partial(time_reference, compiled=settings.compile_peer),
-        "skrl": time_skrl,
-    }
-    function = functions.get(name, functools.partial(time_file, settings.source))
-    torch.set_num_threads(settings.threads)
-    times = function(args, make(args.env, args.num_envs, device=args.device, seed=1))
-    times["iteration"] = [a + b for a, b in zip(times["collection"], times["learning"])]
-    return {part: statistics.median(values[3:]) for part, values in times.items()}
-
-
-def compare(settings: Settings) -> dict:
-    if settings.peer in ("cleanrl", "leanrl") and (not settings.source or settings.script != "ppo_continuous"):
-        raise SystemExit(f"--peer {settings.peer} compares ppo_continuous with the file that --source names")
-    args = make_args(settings)
-    print(f"{settings.script} on {args.env}, {args.num_envs} environments, {settings.threads} threads, {settings.device}")
-    # Each in a process of its own, as it would run: what one asks of the memory allocator does nothing for the other.
-    fresh = multiprocessing.get_context("spawn")
-    workers = {name: ProcessPoolExecutor(1, mp_context=fresh) for name in (settings.peer, "ours")}
-    rounds = {name: [] for name in workers}
-    for _ in range(settings.rounds):
-        for name, worker in workers.items():
-            rounds[name].append(worker.submit(time_round, name, args, settings).result())
-    for worker in workers.values():
-        worker.shutdown()
-    figures = {}
-    for part in ("collection", "learning", "iteration"):
-        theirs, ours = ([entry[part] for entry in rounds[name]] for name in rounds)
-        ratios = sorted(a / b for a, b in zip(theirs, ours))
-        medians = statistics.median(theirs), statistics.median(ours)
-        figures[part] = dict(theirs=medians[0], ours=medians[1], ratio=medians[0] / medians[1], low=ratios[0], high=ratios[-1])
-    return figures
+def make_sides(script: str, settings: dict, options: Options) -> dict:
+    """Name: checkout, function and settings. The first is whom ours are compared with."""
+    if options.against:
+        root = pathlib.Path(options.against).resolve()
+        known = in_new_process(ROOT, fields, script) & in_new_process(root, fields, script)
+        settings = {name: value for name, value in settings.items() if name in known}
+        return {options.against: (root, time_ours, settings), "ours": (ROOT, time_ours, settings)}
+    if options.peer != "rsl_rl":
+        time_peer = time_skrl if options.peer == "skrl" else functools.partial(time_file, os.path.abspath(options.source))
+        settings = settings | {"compile": options.peer == "leanrl"}
+        return {options.peer: (ROOT, time_peer, settings), "ours": (ROOT, time_ours, settings)}
+    if script != "distill_dagger":
+        settings = settings | {"timeout_bootstrap": "value"}  # as in rsl_rl
+    ours = {name: (ROOT, time_ours, settings | {"compile": name == "compiled"}) for name in ("ours", "compiled")}
+    return {"rsl_rl": (ROOT, time_rsl_rl, settings)} | ours
 
 
-def floor(args) -> dict[str, float]:
-    """The least time that an update of the base can take here: its matrix products at the rate of one large product, or its
-    bytes at that of a large copy, whichever takes longer."""
-    import ppo_continuous
-    from envs import make
-
-    def best(function) -> float:
-        times = []
-        for _ in range(5):
-            start = now(args.device)
-            function()
-            times.append(now(args.device) - start)
-        return min(times)
-
-    env = make(args.env, 2)
-    with quiet():
-        models = ppo_continuous.make_models(env.get_observations(), env.num_actions, args)
-    layers = [[p for p in model.mlp.parameters() if p.dim() == 2] for model in models]
-    samples, steps = (
-        args.num_envs * args.num_steps_per_env * args.num_learning_epochs,
-        args.num_learning_epochs * args.num_mini_batches,
-    )
-    # Forward, gradient of the weights, gradient of the inputs (which the first layer needs not), 2 operations per weight each.
-    flop = samples * sum(6 * sum(p.numel() for p in net) - 2 * net[0].numel() for net in layers)
-    # Every input once; every layer's output written and read, and its gradient; seven passes over the weights for Adam.
-    row = sum(net[0].shape[1] + 4 * sum(p.shape[0] for p in net) for net in layers) + 3 * env.num_actions + 4
-    size = 4 * (samples * row + steps * 7 * sum(p.numel() for net in layers for p in net))
-    matrix, block = torch.randn(2048, 2048, device=args.device), torch.randn(2**26, device=args.device)
-    target = torch.empty_like(block)
-    rate = 2 * 2048**3 / best(lambda: matrix @ matrix)
-    bandwidth = 2 * 4 * 2**26 / best(lambda: target.copy_(block))
-    return dict(gigaflop=flop / 1e9, gigaflop_per_s=rate / 1e9, gigabyte=size / 1e9, gigabyte_per_s=bandwidth / 1e9,
-                seconds=max(flop / rate, size / bandwidth))  # fmt: skip
+def compare(row: str, options: Options) -> None:
+    """Print the row's medians, and the ratios."""
+    script, settings = make_settings(row, options)
+    sides = make_sides(script, settings, options)
+    rounds = {name: [] for name in sides}  # collection, learning, both; medians over a round's iterations
+    for _ in range(options.rounds):
+        for name, (root, function, chosen) in sides.items():
+            times = in_new_process(root, function, script, chosen)[3:]
+            rounds[name].append([statistics.median(column) for column in zip(*((*pair, sum(pair)) for pair in times))])
+    first, *others = rounds
+    medians = {name: [statistics.median(column) for column in zip(*values)] for name, values in rounds.items()}
+    print(f"\n{row}: {script}.py, {settings['env']}, {settings['num_envs']} environments, {options.rounds} rounds")
+    for name, (collection, learning, whole) in medians.items():
+        print(f"  {name:10s} {1e3 * collection:9.1f} ms collection {1e3 * learning:9.1f} ms learning {1e3 * whole:9.1f} ms")
+    for name in others:
+        print(f"  {first} / {name}:", end="", flush=True)
+        for i, part in enumerate(("collection", "learning", "whole iteration")):
+            ratios = [a[i] / b[i] for a, b in zip(rounds[first], rounds[name])]
+            whole = medians[first][i] / medians[name][i]
+            print(f"  {part} {whole:.2f} ({min(ratios):.2f} to {max(ratios):.2f})", end="", flush=True)
+        print()
 
 
-def count(settings: Settings, compiled: bool = True) -> dict:
-    """ATen calls of one update over its mini-batches; views and host reads left out, a foreach call is one (instruments.py).
-
-    And the most memory that all tensors of a training held at once, environment included.
-    """
+def count(peer: bool, script: str, settings: dict) -> dict[str, float]:
+    """Kernels (ATen calls without views and host reads, a foreach call is one; of --compile also what Inductor makes) and host
+    waits of an iteration, without those of the environment; waits also without the optimizer's, which on a GPU has none."""
     import instruments
-    import reference
 
-    import ppo_continuous
-    from envs import make
+    class Kernels(instruments.Operations):
+        ignore_compile_internals = classmethod(lambda cls: True)  # what is compiled stays so while it is counted
 
-    full = dataclasses.replace(make_args(settings), max_iterations=2)
-    args = dataclasses.replace(full, num_envs=64)
-    mini_batches, figures = args.num_learning_epochs * args.num_mini_batches, {}
+    torch._inductor.config.cpp.enable_kernel_profile = True
+    settings = settings | dict(num_envs=64, max_iterations=3)
+    operations, totals, marks = Kernels(), Counter(), []
 
-    def counted(function, name, optimizer=None):
-        def call(*arguments):
-            operations = instruments.Operations()
-            on_host.clear()
-            with instruments.host_reads() as reads, operations:
-                result = function(*arguments)
-            kernels = sum(n for kernel, n in operations.kernels.items() if not kernel.startswith("profiler"))
-            waits = sum(reads.values()) - sum(on_host)
-            figures[name] = dict(kernels=kernels / mini_batches, waits=waits)
+    def so_far() -> Counter:
+        waits = sum(n for name, n in operations.waits.items() if name not in instruments.HOST_ONLY)
+        return Counter({"kernels": operations.kernels.total(), "waits": waits + reads.total()})
+
+    def noting(owner, name: str, part: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*arguments, **options):
+            before = so_far()
+            result = function(*arguments, **options)
+            totals.update({f"{part} {key}": n - before[key] for key, n in so_far().items()})
+            if name == "update":
+                marks.append(totals | {key: n for key, n in so_far().items()})
             return result
 
-        def step():  # on a GPU too torch's Adam has its step counters on the host: reading those is no wait
-            with instruments.host_reads() as reads:
-                take_step()
-            on_host.append(sum(reads.values()))
+        setattr(owner, name, call)
 
-        on_host = []
-        if optimizer:
-            take_step, optimizer.step = optimizer.step, step
-        return call
-
-    def make_runner(args, foreach: bool):
-        runner = reference.make_runner(args, make(args.env, args.num_envs))
-        runner.alg.optimizer.param_groups[0]["foreach"] = foreach
-        return runner
-
-    def megabytes(train) -> float:
-        with quiet(), instruments.Memory() as memory:
-            train()
-        return memory.peak / 1e6
-
-    for foreach in (False, True):
-        runner = make_runner(args, foreach)
-        name = f"rsl_rl, {'foreach' if foreach else 'looping'} Adam"
-        runner.alg.update = counted(runner.alg.update, name, runner.alg.optimizer)
-        with quiet():
-            runner.learn(args.max_iterations)
-        figures[name]["megabytes"] = megabytes(lambda: make_runner(full, foreach).learn(full.max_iterations))
-    update, ppo_continuous.update = ppo_continuous.update, counted(ppo_continuous.update, "ours")
-    with quiet():
-        ppo_continuous.train(args, make(args.env, args.num_envs))
-    ppo_continuous.update = update
-    figures["ours"]["megabytes"] = megabytes(lambda: ppo_continuous.train(full, make(full.env, full.num_envs)))
-    if compiled:
-        # The waits are the eager ones: Dynamo's guards read float64 scalars where these are on the host anyway, on a CPU only.
-        figures["ours, compiled"] = dict(kernels=count_compiled(args, mini_batches), waits=figures["ours"]["waits"])
-    return figures
+    noting(torch.optim.Adam, "step", "optimizer")
+    profile = torch.profiler.profile() if settings.get("compile") else contextlib.nullcontext()
+    with instruments.host_reads() as reads, operations, profile:
+        if peer:
+            runner = make_reference(script, settings)
+            noting(runner.env, "step", "environment")
+            noting(runner.alg, "compute_returns", "learning")
+            noting(runner.alg, "update", "learning")
+            runner.learn(3, init_at_random_ep_len=True)
+        else:
+            module, args, env = prepare(script, settings)
+            noting(env, "step", "environment")
+            noting(module, "update", "learning")
+            if hasattr(module, "shuffle"):
+                noting(module, "shuffle", "learning")
+            module.train(args, env)
+    fused = sum("cpp_fused" in event.name for event in profile.events()) / 3 if settings.get("compile") else 0
+    n = Counter({key: (x - marks[0][key]) / 2 for key, x in marks[-1].items()})  # the first makes the optimizer's state
+    waits = n["waits"] - n["environment waits"] - n["optimizer waits"]
+    collection = n["kernels"] - n["environment kernels"] - n["learning kernels"]
+    return dict(collection=collection, learning=n["learning kernels"] + fused, optimizer=n["optimizer kernels"], waits=waits)
 
 
-def count_compiled(args, mini_batches: int) -> float:
-    """The same with --compile: what Inductor launches for a gradient step, plus the ATen calls around the steps."""
+def memory(peer: bool, script: str, settings: dict) -> float:
+    """The most that all tensors of a training held at once, environment included [MB]."""
     import instruments
-    import torch._inductor.config as inductor
 
-    import ppo_continuous
-    from envs import make
-
-    inductor.cpp.enable_kernel_profile = True  # its kernels show in the profile by name
-    around, inside = instruments.Operations(), instruments.Operations()
-    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    originals = {name: getattr(ppo_continuous, name) for name in ("update", "mini_batch_step")}
-
-    def within(mode, name, when):
-        calls = []
-
-        def call(*arguments):
-            calls.append(1)
-            with mode if when(len(calls)) else contextlib.nullcontext():
-                return originals[name](*arguments)
-
-        setattr(ppo_continuous, name, call)
-
-    with quiet():
-        within(around, "update", lambda call: call == 2)
-        within(inside, "mini_batch_step", lambda call: call > mini_batches)
-        ppo_continuous.train(args, make(args.env, args.num_envs))
-        ppo_continuous.mini_batch_step = originals["mini_batch_step"]
-        within(profile, "update", lambda call: call == 2)
-        ppo_continuous.train(dataclasses.replace(args, compile=True), make(args.env, args.num_envs))
-        ppo_continuous.update = originals["update"]
-    launched = [
-        e for e in profile.events() if "cpp_fused" in e.name or e.name in ("aten::mm", "aten::addmm", "aten::_foreach_norm")
-    ]
-    return (sum(around.kernels.values()) - sum(inside.kernels.values()) + len(launched)) / mini_batches
+    with instruments.Memory() as watched:
+        if peer:
+            make_reference(script, settings | dict(max_iterations=2)).learn(2, init_at_random_ep_len=True)
+        else:
+            module, args, env = prepare(script, settings | dict(max_iterations=2))
+            module.train(args, env)
+    return watched.peak / 1e6
 
 
-def table(settings: Settings) -> dict:
-    """A line of ratios for each row, without and with --compile."""
-    print("| | learning | whole iteration | learning, ours with `--compile` | whole iteration |\n|---|---|---|---|---|")
-    figures = {}
-    for row in ROWS[settings.device.split(":")[0]]:
-        cells = []
-        for compiled in ("--no-compile", "--compile"):
-            path = pathlib.Path(tempfile.mkdtemp()) / "figures.json"
-            flags = ["--device", settings.device, "--float32-matmul-precision", settings.float32_matmul_precision, compiled]
-            command = [sys.executable, __file__, *row.split(), *flags, "--json", str(path)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            figures[f"{row} {compiled}"] = parts = json.loads(path.read_text())["figures"]
-            cells += ["{ratio:.2f} ({low:.2f} to {high:.2f})".format(**parts[part]) for part in ("learning", "iteration")]
-        print(f"| `{row}` | {' | '.join(cells)} |", flush=True)
-    return figures
+def print_counts(row: str, options: Options) -> None:
+    script, settings = make_settings(row, options)
+    print(f"\n{row}: {script}.py, {settings['env']}, {settings['num_envs']} environments; of one iteration")
+    for name, (root, _, chosen) in make_sides(script, settings, options).items():
+        n = in_new_process(root, count, name == "rsl_rl", script, chosen)
+        print(f"  {name:10s} collection {n['collection']:7.0f}  learning {n['learning']:7.0f}", end="")
+        print(f"  without the optimizer's {n['learning'] - n['optimizer']:7.0f}  waits {n['waits']:5.0f}", end="", flush=True)
+        if name != "compiled":
+            print(f"  {in_new_process(root, memory, name == 'rsl_rl', script, chosen):6.0f} MB at most", end="")
+        print(flush=True)
 
 
-def main(settings: Settings) -> None:
-    if settings.table:
-        figures = table(settings)
-    elif settings.count:
-        figures = count(settings)
-        for name, entry in figures.items():
-            print(f"{name:24s} {entry['kernels']:6.1f} kernels per mini-batch   {entry['waits']:4d} waits per update", end="")
-            print(f"   {entry['megabytes']:4.0f} MB at most" if "megabytes" in entry else "")
-    else:
-        figures = compare(settings)
-        for part, entry in figures.items():
-            times = f"{settings.peer} {entry['theirs'] * 1e3:8.1f} ms   ours {entry['ours'] * 1e3:8.1f} ms"
-            print(f"{part:12s} {times}   ratio {entry['ratio']:.2f} ({entry['low']:.2f} to {entry['high']:.2f})")
-        if settings.script == "ppo_continuous":
-            torch.set_float32_matmul_precision(settings.float32_matmul_precision)
-            least = figures["floor"] = floor(make_args(settings))
-            parts = f"{least['gigaflop']:.3g} GFLOP at {least['gigaflop_per_s']:.0f} GFLOP/s, {least['gigabyte']:.3g} GB"
-            print(
-                f"floor of learning: {least['seconds'] * 1e3:.1f} ms ({parts} at {least['gigabyte_per_s']:.0f} GB/s); ours",
-                end=" ",
-            )
-            print(f"takes {figures['learning']['ours'] / least['seconds']:.1f} times that")
-    if settings.json:
-        pathlib.Path(settings.json).write_text(json.dumps(dataclasses.asdict(settings) | {"figures": figures}, indent=1))
+def main(options: Options) -> None:
+    if options.peer in ("cleanrl", "leanrl") and not options.source:
+        sys.exit(f"--peer {options.peer} runs the file that --source names")
+    if options.count and options.peer != "rsl_rl":
+        sys.exit("--count counts rsl_rl's kernels and ours")
+    if options.threads:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    everything = [*(ON_GPU if options.device != "cpu" else ()), *ROWS]
+    first = "quickstart" if options.peer == "rsl_rl" else "cartpole-64-64"
+    for row in options.rows or (everything if options.table or options.against else [first]):
+        (print_counts if options.count else compare)(row, options)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__.split("\n\n")[0]))
+    main(tyro.cli(Options, description=__doc__))

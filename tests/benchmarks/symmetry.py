@@ -26,7 +26,6 @@ TAGS = {
     "Metrics/velocity_error": "velocity error [m/s]",
     "Train/mean_reward": "return of an episode",
     "Loss/symmetry": "mirror error of the policy",
-    "Loss/obs_asymmetry": "asymmetry of the observations [std]",
 }
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, n - 1 degrees, 97.5 %
 
@@ -36,8 +35,8 @@ def train(arm: str, seed: int, iterations: int) -> dict[str, list[float]]:
     import ppo_symmetry
     from envs import defaults
 
-    settings = defaults("quadruped") | ARMS[arm] | dict(seed=seed, max_iterations=iterations, log_root="")
-    args = ppo_symmetry.Args(env="quadruped", **settings)
+    settings = defaults("quadruped", ppo_symmetry.Args.__dataclass_fields__) | ARMS[arm]
+    args = ppo_symmetry.Args(**settings | dict(env="quadruped", seed=seed, max_iterations=iterations, log_root=""))
     with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
         history = ppo_symmetry.train(args)
     steps = args.num_envs * args.num_steps_per_env
