@@ -632,9 +632,9 @@ def gather(value) -> list:
     return values
 
 
-def same_for_all(agent: SimpleNamespace, obs: TensorDict, args: Args):
+def same_for_all(agent: SimpleNamespace, obs: TensorDict, start: int, args: Args):
     """Refuse ranks that differ from rank 0; then start from its weights."""
-    facts = {"observations": {group: tuple(x.shape) for group, x in obs.items()}} | vars(args)
+    facts = {"observations": {group: tuple(x.shape) for group, x in obs.items()}, "start": start} | vars(args)
     ranks = gather(
         {k: x for k, x in facts.items() if k not in ("seed", "logger", "video_interval", "checkpoint")}
     )
@@ -671,20 +671,20 @@ def on_all_ranks(train):
         if "RANK" in os.environ:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # A seed of its own, else all ranks would live through the same.
-        args = replace(args, seed=args.seed + 10_000 * rank, resume=args.resume or restarts > "0")
+        args = replace(args, seed=args.seed + 10_000 * rank)
+        if restarts > "0" and args.log_root and any(experiment_dir(args).glob("*/model_*.pt")):
+            args = replace(args, resume=True, checkpoint="", wandb_run_path="")
         own = args if rank == 0 else replace(args, logger="none", video_interval=0)
-        if args.resume and rank:
-            path = find_checkpoint(args)
-            path = (
-                path.parent / f"rank_{rank}" / path.name if (path.parent / f"rank_{rank}").exists() else path
-            )
-            own = replace(own, checkpoint=str(path))
         backend, room = (
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             dist.PrefixStore(restarts, store),
         )
         try:
             dist.init_process_group(backend, timeout=timeout, store=room, rank=rank, world_size=world_size)
+            if args.resume and rank:
+                path = find_checkpoint(args)
+                saved = path.parent / f"rank_{rank}" / path.name
+                own = replace(own, checkpoint=str(saved if saved.exists() else path))
             with contextlib.redirect_stdout(None if rank else sys.stdout):
                 history = train(own, env)
             dist.destroy_process_group()
@@ -739,9 +739,9 @@ def train(args: Args, env: VecEnv | None = None) -> History:
     if args.init_at_random_ep_len:  # else all environments time out in the same step, again and again
         limit = int(env.max_episode_length)
         env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=limit)
-    same_for_all(agent, obs, args)
     storage = make_storage(agent, obs, env.num_actions, args)
     start = load(agent, env, storage, args)
+    same_for_all(agent, obs, start, args)
     rank = dist.get_rank()
     run_dir = gather(make_run_dir(args, env) if rank == 0 else None)[0]
     if run_dir and rank:  # each has its own environments and random numbers to save

@@ -351,6 +351,8 @@ def count(peer: bool, script: str, settings: dict) -> dict[str, float]:
     waits of an iteration, without those of the environment; waits also without the optimizer's, which on a GPU has none."""
     import instruments
 
+    from envs.torch_env import TorchEnv
+
     class Kernels(instruments.Operations):
         ignore_compile_internals = classmethod(lambda cls: True)  # what is compiled stays so while it is counted
 
@@ -375,18 +377,17 @@ def count(peer: bool, script: str, settings: dict) -> dict[str, float]:
 
         setattr(owner, name, call)
 
+    noting(TorchEnv, "step", "environment")
     noting(torch.optim.Adam, "step", "optimizer")
     profile = torch.profiler.profile() if settings.get("compile") else contextlib.nullcontext()
     with instruments.host_reads() as reads, operations, profile:
         if peer:
             runner = make_reference(script, settings)
-            noting(runner.env, "step", "environment")
             noting(runner.alg, "compute_returns", "learning")
             noting(runner.alg, "update", "learning")
             runner.learn(3, init_at_random_ep_len=True)
         else:
             module, args, env = prepare(script, settings)
-            noting(env, "step", "environment")
             noting(module, "update", "learning")
             if hasattr(module, "shuffle"):
                 noting(module, "shuffle", "learning")
