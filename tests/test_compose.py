@@ -1,4 +1,4 @@
-"""Two variants combine by `git merge-file` into a script that trains with both: ten pairs less the two that change one loss."""
+"""Two variants combine by `git merge-file` into a script that trains with both: all pairs of the five but two."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ SETTINGS = {
 SMALL = dict(env="cartpole", num_envs=16, max_iterations=2, actor_hidden_dims=(16, 16), critic_hidden_dims=(16, 16))
 BOTH = {("cnn", "symmetry"): dict(env="quadruped-rough", actor_obs=("policy", "scan"), critic_obs=("policy", "privileged"))}
 SIGNS = {"cnn": "actor cnns.", "rnn": "actor rnn.", "symmetry": "Loss/symmetry", "rnd": "Loss/rnd"}  # a weight or metric
-# Both of these write ppo_loss and its batches anew: who wants the pair has to join the two by hand.
+# Of the two left out one writes the same lines of the networks, one those of the loss: whoever wants them joins them by hand.
 PAIRS = sorted({*itertools.combinations(SETTINGS, 2)} - {("cnn", "rnn"), ("rnn", "symmetry")})
 
 
