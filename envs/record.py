@@ -39,7 +39,7 @@ def roll_out(env, policy, path, args) -> dict[str, float]:
     if args.viewer:
         act.reset = policy.reset if policy else lambda dones: None
         if not hasattr(env, "view"):
-            raise ValueError(f"--viewer: {type(env).__name__} has no viewer of its own; without the flag a film is written")
+            raise SystemExit(f"error: --viewer: {type(env).__name__} has no viewer of its own; a film needs no flag")
         return env.view(act) or {}
     print(f"playing {pathlib.Path(path).name.removeprefix('play_')} in {n} environments")
     env, obs, totals = Record(env, path), env.get_observations(), {}

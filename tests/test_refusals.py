@@ -238,7 +238,7 @@ def test_playing_takes_the_file_beside_the_script(monkeypatch):
 
 
 def test_a_viewer_that_is_not_there():
-    with pytest.raises(ValueError, match="^--viewer: Toy has no viewer of its own; without the flag a film is written"):
+    with pytest.raises(SystemExit, match="^error: --viewer: Toy has no viewer of its own; a film needs no flag"):
         module.play(args_of(agent="zero", viewer=True), toy.Toy(8))
 
 
