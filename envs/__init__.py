@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
+
+import tyro
 
 BUILT_IN = {  # id: (module, class, options)
     "quadruped": ("quadruped", "Quadruped", {"terrain": "flat"}),
@@ -74,6 +77,12 @@ def defaults(env_id: str, fields=None) -> dict:
         shared = {name: value for name, value in renamed.items() if name in wanted or name.startswith("cnn_")}
         settings = shared | settings.get("distillation", {})
     return {name: value for name, value in settings.items() if name in fields}
+
+
+def recommended(args_class):
+    """The settings that the command line's `--env` is best trained with, as an instance of a script's `Args`."""
+    first = tyro.cli(args_class, args=[x for x in sys.argv[1:] if x not in ("-h", "--help")])
+    return args_class(env=first.env, **(defaults(first.env, vars(first)) if first.env_defaults else {}))
 
 
 def _simulator(prefix: str):

@@ -46,7 +46,8 @@ def from_rsl_rl(cfg: dict) -> dict:
         }
         kind = "heteroscedastic" if actor.get("state_dependent_std") else None
     wanted |= {name: cfg.get(name) for name in RUNNER} | {name: algorithm.get(name) for name in ALGORITHM}
-    wanted |= {"activation": actor.get("activation"), "distribution": kind}
+    activation = {"lrelu": "leakyrelu", "swish": "silu"}.get(actor.get("activation"), actor.get("activation"))  # torch's names
+    wanted |= {"activation": activation, "distribution": kind}
     wanted |= {"actor_obs": groups.get("actor", groups.get("policy")), "critic_obs": groups.get("critic")}
     if actor.get("rnn_type"):
         wanted |= {name: actor.get(name) for name in RNN}

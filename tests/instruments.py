@@ -6,11 +6,14 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import traceback
 import types
+import warnings
 import weakref
 from collections import Counter
 from unittest import mock
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
@@ -101,12 +104,19 @@ def host_reads():
 
 
 class Forbid(TorchDispatchMode):
-    """In here whatever would wait for a GPU raises, as under torch.cuda.set_sync_debug_mode("error") and in a capture."""
+    """In here whatever would wait for a GPU raises, as in a capture, or (`warn`) as under torch.cuda.set_sync_debug_mode."""
+
+    warn = False
+
+    def found(self, name):
+        if not self.warn:
+            raise RuntimeError(f"{name} would wait for the device")
+        warnings.warn("called a synchronizing CUDA operation")  # noqa: B028  (whoever hears it looks at the stack)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
         if waits(func, args) or name == "lift_fresh":  # torch.tensor on CUDA copies from the host
-            raise RuntimeError(f"{name} would wait for the device")
+            self.found(name)
         result = func(*args, **(kwargs or {}))
         self.launched(func, args, kwargs or {}, result)
         return result
@@ -115,8 +125,11 @@ class Forbid(TorchDispatchMode):
         pass
 
     def __enter__(self):
+        originals = {name: getattr(torch.Tensor, name) for name in HOST_METHODS}
+
         def refuse(x, name, *args, **kwargs):
-            raise RuntimeError(f"Tensor.{name} would wait for the device")
+            self.found(f"Tensor.{name}")
+            return originals[name](x, *args, **kwargs)
 
         self.patches = contextlib.ExitStack()
         for name in HOST_METHODS:
@@ -168,7 +181,8 @@ class EmulatedGraph(Forbid):
 @contextlib.contextmanager
 def emulated_cuda():
     """What a script's `Graphed` asks of torch.cuda, on a CPU. Yields the graphs that it makes, and the debug modes it sets."""
-    made, modes, forbid = [], ["default"], Forbid()
+    made, modes, warn = [], ["default"], Forbid()
+    warn.warn, extract_stack = True, traceback.extract_stack
 
     def new_graph():
         made.append(EmulatedGraph())
@@ -185,14 +199,20 @@ def emulated_cuda():
                 raise RuntimeError("the capture failed")  # noqa: B904  (so it says too; what failed is its __context__)
 
     def set_sync_debug_mode(mode):
-        if modes[-1] == "error" != mode:
-            forbid.__exit__(None, None, None)
-        if mode == "error" != modes[-1]:
-            forbid.__enter__()
+        if modes[-1] == "warn" != mode:
+            warn.__exit__(None, None, None)
+        if mode == "warn" != modes[-1]:
+            warn.__enter__()
         modes.append(mode)
 
+    def stack_without_this_file(*options, **more):
+        return [frame for frame in extract_stack(*options, **more) if frame.filename != __file__]
+
     stand_ins = dict(graph=record, set_sync_debug_mode=set_sync_debug_mode, graph_pool_handle=lambda: None)
-    with mock.patch.multiple(torch.cuda, CUDAGraph=new_graph, **stand_ins):
+    with (
+        mock.patch.multiple(torch.cuda, CUDAGraph=new_graph, **stand_ins),
+        mock.patch.object(traceback, "extract_stack", stack_without_this_file),
+    ):
         yield types.SimpleNamespace(graphs=made, modes=modes)
 
 
@@ -224,6 +244,15 @@ def emulated(module, whole: bool):
 
     with emulated_cuda() as cuda, fused_optimizer(module), mock.patch.object(module, "graphed", on_cuda):
         yield cuda
+
+
+def run_each(session, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """An exported policy, which takes one robot at a time: inputs (B, ...), memory (L, B, H); outputs alike."""
+    assert all(x.shape[x.name in ("h_in", "c_in")] == 1 for x in session.get_inputs())
+    axes = {name: int(name in ("h_in", "c_in")) for name in feed}
+    rows = range(len(next(iter(feed.values()))))
+    outputs = [session.run(None, {name: x.take([row], axes[name]) for name, x in feed.items()}) for row in rows]
+    return [np.concatenate(parts, axis=int(i > 0)) for i, parts in enumerate(zip(*outputs))]
 
 
 def check_replay(module, args, make_env, whole: bool) -> None:

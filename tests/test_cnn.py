@@ -108,6 +108,7 @@ def test_images_are_stored_as_they_come_and_once():
 def test_memory_of_image_storage(dtype, gigabytes):
     """4096 environments, 24 steps and the observation after the last, 64 x 64 pixels. The README states these figures."""
     _, _, agent = make_agent()
+    agent.actor.to("meta")
     obs = TensorDict(image=torch.zeros(4096, 1, 64, 64, dtype=dtype, device="meta"), batch_size=[4096], device="meta")
     storage = ppo_cnn.make_storage(agent, obs, 2, arguments(num_envs=4096, num_steps_per_env=24))
     stored = storage["obs", "image"]
@@ -221,7 +222,7 @@ def without_export(monkeypatch):
 
 @pytest.mark.parametrize("groups", [("policy", "image", "depth"), ("depth", "image"), ("policy",)], ids="+".join)
 def test_exports_have_one_input_for_each_image(groups, tmp_path):
-    """By the groups' names and in their types, for any number of robots; batch norms say what they have learned."""
+    """By the groups' names and in their types; batch norms say what they have learned."""
     onnxruntime = pytest.importorskip("onnxruntime")
     _, env, agent = make_agent(actor_obs=groups, cnn_norm="batch", distribution="beta", obs_normalization="policy" in groups)
     obs = env.get_observations()
@@ -237,7 +238,7 @@ def test_exports_have_one_input_for_each_image(groups, tmp_path):
     assert [x.name for x in session.get_outputs()] == ["actions"]
     vector = obs["policy"] if "policy" in groups else torch.zeros(16, 0)
     inputs = {"obs": vector} | {group: obs[group] for group in images}
-    onnx = session.run(["actions"], {name: x.numpy() for name, x in inputs.items() if name in types})[0]
+    onnx = instruments.run_each(session, {name: x.numpy() for name, x in inputs.items() if name in types})[0]
     script = torch.jit.load(tmp_path / "policy.pt")(*inputs.values())
     assert policy.act(obs).std() > 1e-3
     assert torch.allclose(torch.as_tensor(onnx), policy.act(obs), atol=1e-5) and torch.equal(script, policy.act(obs))

@@ -436,7 +436,7 @@ def test_exported_student_acts_the_same(name):
         groups = [group for group in student.groups if group not in student.images]
         inputs = {"obs": torch.cat([obs[group] for group in groups], dim=-1)} | {group: obs[group] for group in student.images}
         feed = {group: x.numpy() for group, x in inputs.items()} | dict(zip(states, hidden))
-        onnx_actions, *hidden = session.run(None, feed)
+        onnx_actions, *hidden = instruments.run_each(session, feed)
         for actions in (policy.act(obs), torch.as_tensor(onnx_actions)):
             torch.testing.assert_close(actions, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(script(*(x[:1] for x in inputs.values())), expected[:1], rtol=0, atol=1e-5)
@@ -523,10 +523,10 @@ def test_nan_stops_the_run(no_export):
 
 BOTH = dict(teacher=("teacher.pt", "teacher.pt"))
 REFUSED = {
-    "steps that fill no gradient step": (dict(gradient_length=16), "--gradient-length 16: the last steps of num_steps"),
-    "nor do those of two epochs": (dict(gradient_length=7, num_learning_epochs=2), "--gradient-length 7: the last steps"),
-    "no teacher": (dict(teacher=()), "--teacher (): name a checkpoint"),
-    "no teacher to resume": (dict(teacher=(), resume=True), "--teacher (): name a checkpoint"),
+    "steps that fill no gradient step": (dict(gradient_length=16), "--gradient-length 16: must divide num_steps_per_env x num_learning_epochs, 30"),
+    "nor do those of two epochs": (dict(gradient_length=7, num_learning_epochs=2), "--gradient-length 7: must divide"),
+    "no teacher": (dict(teacher=()), "--teacher (): must name a checkpoint"),
+    "no teacher to resume": (dict(teacher=(), resume=True), "--teacher (): must name a checkpoint"),
     "a teacher that is not there": (dict(teacher="nowhere"), "--teacher ('nowhere',): is no checkpoint, and no folder"),
     "no checkpoint": (dict(teacher="text.pt"), "text.pt: is no whole checkpoint"),
     "no policy in it": (dict(teacher="empty.pt"), "empty.pt: is no whole checkpoint (KeyError: 'actor_state_dict')"),
@@ -536,13 +536,13 @@ REFUSED = {
         dict(env="quadruped"),
         "torch.Size([1, 12]) from checkpoint, the shape in current model is torch.Size([1, 107])",
     ),
-    "teacher's group that is not there": (dict(teacher_obs=("camera",)), "--teacher-obs ('camera',): must name groups"),
-    "student's group that is not there": (dict(student_obs=("camera",)), "--student-obs ('camera',): must name groups"),
+    "teacher's group that is not there": (dict(teacher_obs=("camera",)), "--teacher-obs ('camera',): must name vectors or images"),
+    "student's group that is not there": (dict(student_obs=("camera",)), "--student-obs ('camera',): must name vectors or images"),
     "several teachers and no index": (
         BOTH,
-        "--teacher-index : names the group that chooses among several teachers; here are 2",
+        "--teacher-index : chooses among several teachers; there are 2",
     ),
-    "an index and one teacher": (dict(teacher_index="skill"), "--teacher-index skill: names the group"),
+    "an index and one teacher": (dict(teacher_index="skill"), "--teacher-index skill: chooses among several teachers; there are 1"),
     "an index that is not there": (BOTH | dict(teacher_index="nothing"), "--teacher-index nothing: "),
     "an index of another size": (BOTH | dict(teacher_index="policy"), "--teacher-index policy: "),
     "no layers": (dict(student_hidden_dims=(16, 0)), "--student-hidden-dims (16, 0)"),

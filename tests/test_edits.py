@@ -158,7 +158,7 @@ def test_the_edited_script_trains_resumes_plays_and_exports(name, mode, edited, 
     obs = module.make_env(args, num_envs=4).get_observations()
     actions = policy.act(obs).detach()
     inputs = {key: x.numpy() for key, x in policy.actor.inputs(obs).items()}
-    onnx = onnxruntime.InferenceSession(folder / "exported" / "policy.onnx").run(None, inputs)[0]
+    onnx = instruments.run_each(onnxruntime.InferenceSession(folder / "exported" / "policy.onnx"), inputs)[0]
     torch.testing.assert_close(torch.from_numpy(onnx), actions)
     script = torch.jit.load(folder / "exported" / "policy.pt")
     torch.testing.assert_close(script(*(x[:1] for x in policy.actor.inputs(obs).values())), actions[:1])

@@ -60,6 +60,8 @@ def forget_what_was_compiled():
 def drift(**settings) -> float:
     before, eager = weights_after()
     forget_what_was_compiled()
+    agent, storage, args = rollout_and_agent()
+    module.make_storage(agent, storage["obs"][0], 1, args)  # where the KL divergence is looked up
     _, fast = weights_after(**settings)
     assert not torch.equal(eager, before)
     return ((fast - eager).norm() / (eager - before).norm()).item()

@@ -265,10 +265,11 @@ def test_the_schedule_goes_on_where_the_environment_starts_afresh(why, monkeypat
 
 
 @pytest.mark.parametrize("where", ["reward", "final_obs"])
-def test_nothing_of_a_bad_rollout_is_kept(where, monkeypatch):
-    """After a NaN all of RND is as the last good iteration left it: its reward statistics change during the rollout too."""
+def test_nothing_of_a_bad_rollout_is_kept(where, tmp_path):
+    """After a NaN all of RND is saved as the last good iteration left it: its reward statistics change during the rollout too."""
     _, good = cases.run(module, args_of(max_iterations=2), make("navigation-maze", 32))
     env = make("navigation-maze", 32)
+    good_args = module.choose_groups(env.get_observations(), args_of(device="cpu"))
     step, steps = env.step, []
 
     def bad_step(actions):
@@ -279,12 +280,15 @@ def test_nothing_of_a_bad_rollout_is_kept(where, monkeypatch):
             (rewards if where == "reward" else extras["final_obs"]["rnd"])[3] = torch.nan
         return obs, rewards, dones, extras
 
-    env.step, agents, make_agent = bad_step, [], module.make_agent
-    monkeypatch.setattr(module, "make_agent", lambda *_: agents.append(make_agent(*_)) or agents[0])
+    env.step = bad_step
     name = {"reward": "rewards", "final_obs": "intrinsic_rewards"}[where]
     with pytest.raises(FloatingPointError, match=f"iteration 2: {name} of environment 3, .* is nan at step 4"):
-        module.train(args_of(max_iterations=3), env)
-    assert_equal(vars(agents[0]), good)
+        module.train(args_of(max_iterations=3, log_root=str(tmp_path), logger="none"), env)
+    (path,) = tmp_path.glob("*/*/model_1.pt")
+    agent, saved = module.make_agent(env, module.read_obs(env, good_args), good_args), module.read_checkpoint(path, "cpu")
+    for name, part in module.parts_of(agent).items():
+        module.restore(part, saved, name, path)
+    assert_equal(vars(agent), good)
 
 
 def test_a_predictor_that_diverges_is_seen_at_once():
@@ -311,8 +315,8 @@ def test_captured_run_equals_eager_run(schedule):
     [
         (dict(rnd_weight_schedule="linear"), "--rnd-final-step 0: must come after rnd_initial_step, 0"),
         (dict(rnd_weight_schedule="cosine"), "--rnd-weight-schedule cosine: choose from constant, step, linear"),
-        (dict(rnd_obs=("pose",)), "--rnd-obs ('pose',): must name groups of (1,) dimensions"),
-        (dict(rnd_target_hidden_dims=()), "--rnd-target-hidden-dims (): must be greater than 0"),
+        (dict(rnd_obs=("pose",)), "--rnd-obs ('pose',): must name vectors"),
+        (dict(rnd_target_hidden_dims=(0,)), "--rnd-target-hidden-dims (0,): must be greater than 0"),
         (dict(rnd_num_outputs=0), "--rnd-num-outputs 0: must be greater than 0"),
         (dict(rnd_learning_rate=0.0), "--rnd-learning-rate 0.0: must be greater than 0"),
     ],

@@ -306,7 +306,7 @@ def test_policy_carries_and_resets_its_state(rnn_type, tmp_path):
     assert [x.name for x in session.get_outputs()] == ["actions", *[name.replace("in", "out") for name in states]]
     hidden, expected = [torch.zeros(2, 4, 12).numpy() for _ in states], unrolled(dones)
     for t in range(50):
-        actions, *hidden = session.run(None, {"obs": obs[t].numpy()} | dict(zip(states, hidden)))
+        actions, *hidden = instruments.run_each(session, {"obs": obs[t].numpy()} | dict(zip(states, hidden)))
         for output in (policy.act(TensorDict(policy=obs[t], batch_size=[4])), torch.as_tensor(actions)):
             torch.testing.assert_close(output, expected[t], rtol=0, atol=1e-5)
         torch.testing.assert_close(script(obs[t, :1]), expected[t, :1], rtol=0, atol=1e-5)

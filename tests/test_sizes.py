@@ -12,15 +12,15 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 845,
-    "tokens of the base": 9970,
-    "tokens of the base above the fence": 4830,
-    "code lines of the distillation": 980,
-    "tokens of the distillation": 11640,
+    "code lines of the base": 820,
+    "tokens of the base": 9560,
+    "tokens of the base above the fence": 4850,
+    "code lines of the distillation": 940,
+    "tokens of the distillation": 11_220,
     "tokens of the distillation above the fence": 6510,
     "tokens of a variant beyond the base's": 1100,
-    "tokens of the five variants beyond the base's": 4540,
-    "tokens of all seven, below the fence counted once": 45_150,
+    "tokens of the five variants beyond the base's": 4520,
+    "tokens of all seven, below the fence counted once": 44_800,
     "tokens per code line": 13,
     "characters per line": 110,
 }
