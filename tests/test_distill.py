@@ -523,7 +523,7 @@ def test_nan_stops_the_run(no_export):
 
 BOTH = dict(teacher=("teacher.pt", "teacher.pt"))
 REFUSED = {
-    "steps that fill no gradient step": (dict(gradient_length=16), "--gradient-length 16: must divide num_steps_per_env x num_learning_epochs, 30"),
+    "steps that fill no gradient step": (dict(gradient_length=16), "--gradient-length 16: must divide num_steps_per_env x"),
     "nor do those of two epochs": (dict(gradient_length=7, num_learning_epochs=2), "--gradient-length 7: must divide"),
     "no teacher": (dict(teacher=()), "--teacher (): must name a checkpoint"),
     "no teacher to resume": (dict(teacher=(), resume=True), "--teacher (): must name a checkpoint"),
