@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Args:
-    """Names and defaults are rsl_rl's. Frozen: what changes while training is a tensor."""
+    """Names are rsl_rl's, where it has them. Frozen: what changes while training is a tensor."""
 
     env: str = "navigation-maze"
     """Built-in task, `simulator:task`, or `package.module:factory` of your own."""
@@ -87,7 +87,7 @@ class Args:
     init_at_random_ep_len: bool = True
     """Start at random episode lengths, so that not all environments time out together."""
     timeout_bootstrap: Literal["final_obs", "value", "none"] = "final_obs"
-    """At a time-out bootstrap from V(final_obs), from V(s_t) as rsl_rl does, or not at all (a lesson)."""
+    """At a time-out bootstrap from V(final_obs) if given, else from V(s_t) as rsl_rl, or not (a lesson)."""
     clip_actions: float | None = None
     """Clamp the actions sent to the environment to +-this."""
     device: str = "auto"
@@ -164,7 +164,7 @@ class Args:
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Optimizer of actor and critic together."""
     learning_rate: float = 1e-3
-    """Learning rate; with the adaptive schedule the first one."""
+    """Learning rate; with the adaptive schedule the first one. A resumed run goes on with its own."""
     schedule: Literal["adaptive", "fixed"] = "adaptive"
     """`adaptive` keeps the KL divergence of an update near desired_kl."""
     desired_kl: float = 0.01
@@ -194,9 +194,9 @@ class Args:
     video_interval: int = 0
     """Iterations between films of the policy; 0: none."""
     resume: bool = False
-    """Continue the newest run, or that of --checkpoint, exactly where it stopped."""
+    """Continue the newest run, or that of --checkpoint, where it stopped."""
     checkpoint: str = ""
-    """Checkpoint, path or glob, to play, export, resume or (without --resume) start from; else the newest."""
+    """Checkpoint, path or glob, to play, export, resume (default: the newest), or start from."""
     wandb_run_path: str = ""
     """Take the checkpoint from this W&B run, `entity/project/run`."""
     play: bool = False
@@ -256,11 +256,11 @@ class EmpiricalNormalization(nn.Module):
 
     def update(self, x: Tensor) -> None:
         """Merge the moments of a batch x (B, O): Chan et al. 1983, in rsl_rl's order of operations."""
-        count = torch.where(self.count < self.until, len(x), 0)
+        batch_size = torch.where(self.count < self.until, len(x), 0)
         mean = x.mean(dim=0, keepdim=True)  # (1, O)
         var = x.var(dim=0, unbiased=False, keepdim=True)
-        self.count += count
-        rate, delta = count / self.count, mean - self._mean
+        self.count += batch_size
+        rate, delta = batch_size / self.count, mean - self._mean
         self._mean += rate * delta
         self._var += rate * (var - self._var + delta * (mean - self._mean))
         self._std.copy_(self._var.sqrt())
@@ -269,15 +269,16 @@ class EmpiricalNormalization(nn.Module):
 class Gaussian(nn.Module):
     """What the actor's MLP puts out -> a normal distribution of the actions (..., A).
 
-    The MLP gives the mean (..., A). The standard deviation is a parameter, the same in every state, so that
-    exploration ends nowhere before it ends everywhere. Heteroscedastic: the MLP gives both, (..., 2 A).
+    The MLP gives the mean (..., A). The standard deviation is a parameter, the same in every state: what the
+    policy knows well and what it does not is explored alike. Heteroscedastic: the MLP gives both, (..., 2 A).
     """
 
     def __init__(self, num_actions: int, args: Args):
         super().__init__()
         self.num_actions, self.log = num_actions, args.std_type == "log"
         self.heteroscedastic = args.distribution == "heteroscedastic"
-        self.num_outputs, self.init_bias = 2 * num_actions if self.heteroscedastic else num_actions, 0.0
+        self.num_outputs = 2 * num_actions if self.heteroscedastic else num_actions
+        self.init_bias = 0.0
         std = args.init_std * torch.ones(num_actions)
         if self.heteroscedastic:  # the extra outputs start at init_std
             self.init_bias = torch.tensor(args.init_std + 1e-7).log().item() if self.log else args.init_std
@@ -290,7 +291,7 @@ class Gaussian(nn.Module):
             mean, std = output.chunk(2, -1)
         else:
             mean, std = output, self.log_std_param if self.log else self.std_param
-        # rsl_rl: a std that falls below 1e-6 has no gradient any more; --std-type log never gets there.
+        # rsl_rl: beyond these bounds there is no gradient, so that a std which gets there stays there.
         std = std.clamp(math.log(1e-6), math.log(1e6)).exp() if self.log else std.clamp(1e-6, 1e6)
         return self.make(mean, std.expand_as(mean))
 
@@ -357,7 +358,7 @@ class Model(nn.Module):
         self.distribution = distribution
         num_outputs = distribution.num_outputs if distribution else 1
         self.mlp = make_mlp(size, num_outputs, hidden_dims, args.activation)
-        if distribution:  # outputs beyond one per action, where there are any, start as a constant
+        if distribution:  # rsl_rl: outputs beyond one per action start as a constant (of Beta that is beta)
             nn.init.zeros_(self.mlp[-1].weight[distribution.num_actions :])
             nn.init.constant_(self.mlp[-1].bias[distribution.num_actions :], distribution.init_bias)
 
@@ -376,7 +377,7 @@ class Model(nn.Module):
             self.obs_normalizer.update(self.inputs(obs)["obs"].flatten(0, -2))
 
     def initial_memory(self, batch_size: int) -> Tensor:
-        """What the network remembers when an episode starts: it has no memory."""
+        """What the network remembers when an episode starts: nothing, only an RNN has a memory."""
         return torch.zeros(0, 0, batch_size, 0)
 
     def deploy(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -463,7 +464,7 @@ def make_agent(env: VecEnv, obs: TensorDict, args: Args) -> SimpleNamespace:
     actor = make_actor(obs, env.num_actions, args)  # before the critic: rsl_rl draws its weights first
     critic = Model(obs, args.critic_obs, args.critic_hidden_dims, args).to(obs.device)
     agent = SimpleNamespace(actor=actor, critic=critic)
-    parameters = list(nn.ModuleList([actor, critic]).parameters())  # a shared one counts once
+    parameters = list(nn.ModuleList([actor, critic]).parameters())  # what both share counts once
     agent.optimizer = make_optimizer(args.optimizer, parameters, args.learning_rate, args.device)
     agent.rnd = RandomNetworkDistillation(obs, args).to(obs.device)
     learned = agent.rnd.predictor.parameters()  # rsl_rl: always by Adam, and never clipped
@@ -475,14 +476,14 @@ def make_agent(env: VecEnv, obs: TensorDict, args: Args) -> SimpleNamespace:
 
 
 def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args: Args) -> TensorDict:
-    """Rows 0..T-1 hold a rollout, (T + 1, N, ...); row T all that the next one, or a resumed run, needs."""
+    """Rows 0..T-1 hold a rollout, (T + 1, N, ...); row T is where the next one, or a resumed run, goes on."""
     shape = (args.num_steps_per_env + 1, args.num_envs)
 
     def zeros(*size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(*shape, *size, dtype=dtype, device=obs.device)
 
     policy = agent.actor.distribution(zeros(agent.actor.distribution.num_outputs))  # only shapes count
-    kl_divergence(policy, policy)  # torch looks up how at the first call, which could not be compiled
+    kl_divergence(policy, policy)  # torch looks up its formula at the first call, which cannot be compiled
     return TensorDict(
         obs=obs.expand(*shape).contiguous(),
         actions=zeros(num_actions),
@@ -522,7 +523,7 @@ def act(agent: SimpleNamespace, storage: TensorDict, t: int) -> None:
 
 @torch.no_grad()
 def collect(env: VecEnv, agent: SimpleNamespace, storage: TensorDict, policy_step, args: Args) -> dict:
-    """Fill the storage with T steps of `policy_step`, which is `act`; return what there is to log."""
+    """Fill the storage with T steps of `policy_step`, `act` or its graph; return what there is to log."""
     rows, logs = [row.lock_() for row in storage.unbind(0)], {}
     rows[0].update_(rows[-1])  # go on where the last rollout ended
     for t, (row, next_row) in enumerate(zip(rows, rows[1:])):
@@ -555,15 +556,15 @@ def timeout_value(
     A time limit is no part of the task: the robot would have walked on and been paid for it. Without this the
     same state is worth less late in an episode, and the critic cannot know why (arXiv:1712.00378).
     """
+    # rsl_rl: V(s_t), one step early, since the observation returned is already the next episode's.
     values = row["values"]
     if extras.get("time_outs") is None or args.timeout_bootstrap == "none":
         return torch.zeros_like(values)
     if args.timeout_bootstrap == "final_obs" and extras.get("final_obs") is not None:
-        # The critic's estimate at the true last state; of all N, though few time out: to ask which would wait
+        # The critic's estimate at the true last state. Of all N: to ask which have timed out is to wait.
         final_obs = next_row["obs"].clone()
         copy_groups(final_obs, extras["final_obs"])
         values = agent.critic(final_obs).squeeze(-1)
-    # rsl_rl: V(s_t), one step early, since the observation returned is already the next episode's.
     # Not a product: rows without a time-out may hold anything, NaN too.
     return torch.where(extras["time_outs"].to(row.device).bool(), values, 0.0)
 
@@ -622,7 +623,7 @@ def compute_gae(storage: TensorDict, args: Args) -> tuple[Tensor, Tensor]:
 
 
 def shuffle(storage: TensorDict, args: Args) -> None:
-    """Draw the order of the samples. Not in `update`: its graph would draw the same at each replay."""
+    """Draw the order of the samples: apart from `update`, whose graph so has nothing random in it."""
     size = args.num_envs * args.num_steps_per_env // args.num_mini_batches * args.num_mini_batches
     torch.randperm(size, out=storage["order"].flatten()[:size])
 
@@ -650,9 +651,10 @@ def ppo_loss(agent: SimpleNamespace, batch: TensorDict, args: Args) -> tuple[Ten
     ratio = torch.exp(log_prob - batch["log_prob"])
     clipped = ratio.clamp(1.0 - args.clip_param, 1.0 + args.clip_param)
     surrogate_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
-    # The larger of two errors: of V, and of V held to eps from its old value. This limits what a sample can
-    # gain, not how far V moves. eps is in return units: with large returns nearly every sample is clipped.
-    value_error = (values - batch["returns"]) ** 2  # rsl_rl: no 1/2
+    # The larger of two errors: of V, and of V held to eps from its old value. So no sample gains by moving V
+    # further, which limits each one's loss, not how far V moves. eps is in return units: where returns are
+    # large nearly every sample is clipped.
+    value_error = (values - batch["returns"]) ** 2
     if args.use_clipped_value_loss:
         step = (values - batch["values"]).clamp(-args.clip_param, args.clip_param)
         value_error = torch.max(value_error, (batch["values"] + step - batch["returns"]) ** 2)
@@ -677,7 +679,7 @@ def adapt_learning_rate(lr: Tensor, kl: Tensor, args: Args) -> None:
     """/ 1.5 (down to 1e-5) if the policy has moved too far, x 1.5 (up to 1e-2) if hardly; in place.
 
     How far a step moves the policy depends on the task and on the standard deviation, so that no fixed rate
-    suits a whole training. A KL of 0 is that of the first mini-batch: no step has been made yet.
+    suits a whole training. rsl_rl: a KL of exactly 0, as a rule the first mini-batch's, changes nothing.
     """
     slower, faster = (lr / 1.5).clamp(min=1e-5), (lr * 1.5).clamp(max=1e-2)
     faster = torch.where((kl < args.desired_kl / 2.0) & (kl > 0.0), faster, lr)
@@ -711,7 +713,7 @@ def distillation_step(agent: SimpleNamespace, batch: TensorDict) -> dict[str, Te
 def update(agent: SimpleNamespace, storage: TensorDict, args: Args) -> dict[str, Tensor]:
     """All epochs over one rollout. rsl_rl: every epoch reads the same mini-batches."""
     rollout, steps = storage[:-1], []
-    rollout["advantages"], rollout["returns"] = compute_gae(storage, args)
+    rollout["advantages"], rollout["returns"] = compute_gae(storage, args)  # new columns of this view
     batches = make_batches(rollout, args)
     for _ in range(args.num_learning_epochs):
         for batch in batches:
@@ -721,10 +723,9 @@ def update(agent: SimpleNamespace, storage: TensorDict, args: Args) -> dict[str,
     agent.actor.update_normalization(rollout["obs"])
     agent.critic.update_normalization(rollout["obs"])
     agent.rnd.update_normalization(rollout["obs"])
-    metrics = {"Policy/mean_std": steps[-1].pop("mean_std")}
-    for name in steps[-1]:
-        metrics[f"Loss/{name}"] = torch.stack([step[name] for step in steps]).double().mean()
-    metrics["Loss/finite"] = all_finite(agent, storage, metrics)
+    stds = [step.pop("mean_std") for step in steps]
+    metrics = {f"Loss/{name}": torch.stack([x[name] for x in steps]).double().mean() for name in steps[0]}
+    metrics |= {"Loss/finite": all_finite(agent, storage, metrics), "Policy/mean_std": stds[-1]}
     unexplained = (rollout["returns"] - rollout["values"]).var() / rollout["returns"].var()
     metrics["Loss/explained_variance"] = 1.0 - unexplained
     metrics["Loss/learning_rate"] = agent.optimizer.param_groups[0]["lr"].clone()
@@ -746,21 +747,22 @@ def train(args: Args, env: VecEnv | None = None) -> History:
         env: an environment of yours, which stays open; left out, `args.env` is made.
 
     Raises:
-        UserError: a setting, a checkpoint or the environment does not fit; nothing has been written.
+        UserError: a setting, a checkpoint or the environment does not fit.
         FloatingPointError: something is not finite; the run ends with the last good checkpoint.
     """
     check_args(args)
     args = set_up_torch(args)
     own = None if env else make_env(args)
     env = env or own
-    args = choose_groups(env.get_observations(), replace(args, num_envs=env.num_envs))
+    obs = env.get_observations()
+    args = choose_groups(obs, replace(args, num_envs=env.num_envs))
     check_args(args)  # again, with the environment's own size
-    obs = read_obs(env, args)
+    obs = read_obs(obs, args)
     agent = make_agent(env, obs, args)
     if args.init_at_random_ep_len:  # else all environments time out in the same step, again and again
         limit = int(env.max_episode_length)
         env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=limit)
-    storage = make_storage(agent, obs, env.num_actions, args)
+    storage = make_storage(agent, read_obs(env.get_observations(), args), env.num_actions, args)
     start = load(agent, env, storage, args)
     run_dir = make_run_dir(args, env)
     writer = make_writer(args, run_dir)
@@ -770,7 +772,7 @@ def train(args: Args, env: VecEnv | None = None) -> History:
     history = History()
     history.agent, history.run_dir = agent, run_dir
     storage["steps"][-1] = start * args.num_steps_per_env  # also where the environment starts afresh
-    with keep_run(env, storage, run_dir, args) as run:
+    with keep_run(env, storage, run_dir, args, own, writer) as run:
         for iteration in range(start, args.max_iterations):
             run.done, run.state = iteration - 1, deepcopy(state_of(agent))  # kept if this iteration fails
             times = [now(args)]
@@ -792,7 +794,6 @@ def train(args: Args, env: VecEnv | None = None) -> History:
                 break
     if run_dir:
         attempt(export_policy, agent.actor, run_dir / "exported")
-    close(own, writer)
     return history
 
 
@@ -862,7 +863,7 @@ def by_name(module, name):
 
 
 def make_optimizer(name, parameters, learning_rate, device):
-    """torch's, its learning rate a tensor: a CUDA graph sees it change. float64 rounds as rsl_rl's float."""
+    """torch's, its learning rate a tensor: a CUDA graph sees it change. On a CPU it rounds as rsl_rl's."""
     on_gpu = device.startswith("cuda")
     lr = torch.tensor(learning_rate, dtype=torch.float32 if on_gpu else torch.float64, device=device)
     options = {} if name == "sgd" else {"capturable": on_gpu}
@@ -875,8 +876,8 @@ def compiled(fn):
 
 
 def graphed(args, env, collect, act, update):
-    """On CUDA as graphs: the update, and of the rollout all where the environment's class says that it is
-    `capturable` (a subclass or wrapper may keep state that a graph does not see), else each policy step."""
+    """On CUDA: graphs of the update and of the policy step, or of the whole rollout where the environment's
+    class says that it is `capturable` (not its base: a subclass may keep state that a graph does not see)."""
     if not (args.cuda_graphs and args.device.startswith("cuda")):
         return collect, act, update
     pool = torch.cuda.graph_pool_handle()  # one memory for all, since they run one after the other
@@ -950,7 +951,11 @@ def place(frames):
 def all_finite(agent, storage, metrics):
     """Whether everything that was read, computed and learned is finite; on the device."""
     models = nn.ModuleList(part for part in vars(agent).values() if isinstance(part, nn.Module))
-    tensors = [*storage.values(True, True), *models.state_dict().values(), *metrics.values()]
+    tensors = [
+        *storage.values(include_nested=True, leaves_only=True),
+        *models.state_dict().values(),
+        *metrics.values(),
+    ]
     return torch.stack([x.sum().double() for x in tensors]).isfinite().all()
 
 
@@ -1001,15 +1006,15 @@ def find(args, name):
     try:
         return pkgutil.resolve_name(getattr(args, name))
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        if getattr(error, "name", "") not in getattr(args, name):  # a mistake in the module: show where
+        if getattr(error, "name", "") not in getattr(args, name):  # a mistake in the module itself
             raise
         raise wrong(args, name, f"cannot be imported as package.module:name ({error})") from error
 
 
-def read_obs(env, args):
+def read_obs(obs, args):
     """The groups that some network reads, `*_obs`: images as they are, the rest in the networks' dtype."""
     groups = [group for name, groups in vars(args).items() if name.endswith("_obs") for group in groups]
-    obs = env.get_observations().select(*groups).to(args.device)
+    obs = obs.select(*groups).to(args.device)
     return obs.apply(lambda x: x if x.dim() == 4 else x.to(torch.get_default_dtype()))
 
 
@@ -1036,7 +1041,7 @@ def note_log(logs, extras, like):
 
 
 @contextlib.contextmanager
-def keep_run(env, storage, run_dir, args):
+def keep_run(env, storage, run_dir, args, *to_close):
     """Ctrl-C and SIGTERM end the training after its iteration (`stop`); an error saves what is `done`."""
     run, handlers = SimpleNamespace(stop=[], done=-1, state={}), {}
     with contextlib.suppress(ValueError):  # in another thread than the main one signals are not ours
@@ -1047,11 +1052,12 @@ def keep_run(env, storage, run_dir, args):
     except BaseException:
         path = run_dir and run_dir / f"model_{run.done}.pt"
         if path and run.done >= 0 and not path.exists():  # without the environment, which is further on
-            save(path, run.state, env, storage, run.done, args, row=0)
+            save(path, run.state, env, storage, run.done, args, whole=False)
         raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        close(*to_close)
 
 
 def parts_of(agent):
@@ -1083,7 +1089,7 @@ def log_iteration(metrics, times, samples, iteration, args, writer):
     metrics["Perf/total_fps"] = samples / (collection + learning)
     eta = timedelta(seconds=round((args.max_iterations - iteration - 1) * (collection + learning)))
     steps, lines = (iteration + 1) * samples, {}
-    print(f"\niteration {iteration + 1}/{args.max_iterations}  {steps:,} steps  ETA {eta}")
+    print(f"\niteration {iteration}/{args.max_iterations}  {steps:,} env steps  ETA {eta}")
     for tag, value in metrics.items():
         kind, name = tag.split("/", 1)
         lines[kind] = lines.get(kind, f"  {kind:8s}") + f" {name} {value:.4g} "
@@ -1127,7 +1133,7 @@ def make_writer(args, run_dir):
         wandb.init(project=run_dir.parent.name, reinit="finish_previous", **settings)
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(log_dir=str(run_dir))
+    return SummaryWriter(log_dir=str(run_dir), flush_secs=10)
 
 
 def close(*things):
@@ -1136,16 +1142,16 @@ def close(*things):
             thing.close()
 
 
-def save(path, state, env, storage, iteration, args, row=-1):
+def save(path, state, env, storage, iteration, args, whole=True):
     """Write rsl_rl's format, and under `resume` the rest; atomically, so that a kill leaves no half file."""
     resume = {
         "args": asdict(args),
         "obs": storage["obs"][-1, :1].to_dict(),  # an example, for what the networks are built to read
         "num_actions": env.num_actions,
-        "row": storage.exclude("obs")[row].to_dict(),
+        "row": storage.exclude("obs")[-1].to_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if storage.is_cuda else None,
-        "env": env.state_dict() if hasattr(env, "state_dict") and row else None,
+        "env": env.state_dict() if whole and hasattr(env, "state_dict") else None,
     }
     partial = path.with_suffix(".partial")
     torch.save(state | {"iter": iteration, "infos": None, "resume": resume}, partial)
@@ -1282,8 +1288,9 @@ def load_policy(path, args=None, env=None, batch_size: int = 1) -> Policy:
         layers = tuple(len(x) for name, x in state.items() if re.fullmatch(r"mlp\.\d+\.weight", name))
         hidden_dims = next(name for name in vars(args) if name.endswith("hidden_dims"))
         args = replace(args, device="cpu", **{hidden_dims: layers[:-1]})
-        args = choose_groups(env.get_observations(), args)
-        obs, num_actions = read_obs(env, args), env.num_actions
+        obs, num_actions = env.get_observations(), env.num_actions
+        args = choose_groups(obs, args)
+        obs = read_obs(obs, args)
     actor = make_actor(obs, num_actions, args)
     restore(actor, checkpoint, "actor", path)
     return Policy(actor.eval(), batch_size)

@@ -161,7 +161,7 @@ class EmulatedGraph(Forbid):
         if generator is not None and generator._cdata not in self.generators:
             raise RuntimeError("this generator is not registered with the graph that is recorded")
         if func._schema.name.startswith("aten::randperm"):
-            raise RuntimeError("a graph would draw the same permutation at each replay")
+            raise RuntimeError("no permutation is drawn in a graph of ours")
         if not is_view(func):
             # What a tensor is now, whatever Python makes of the object later: `x.data = y` changes no graph.
             self.tape.append(tree_map_only(torch.Tensor, torch.Tensor.detach, (func, args, kwargs, result)))

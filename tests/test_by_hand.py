@@ -142,7 +142,7 @@ def rollouts(env, count: int, **settings) -> list:
     """The metrics and the storage of each of `count` rollouts, of an untrained agent."""
     args = module.Args(num_envs=env.num_envs, actor_hidden_dims=(4,), critic_hidden_dims=(4,), device="cpu", **settings)
     args = module.choose_groups(env.get_observations(), args)
-    obs, results = module.read_obs(env, args), []
+    obs, results = module.read_obs(env.get_observations(), args), []
     agent = module.make_agent(env, obs, args)
     storage = module.make_storage(agent, obs, env.num_actions, args)
     for _ in range(count):
@@ -198,7 +198,7 @@ def test_time_out_bootstraps_from_the_true_last_observation():
         env = Script([[0.0] * 3], [[True, True, False]], **{name: [x] for name, x in extras.items()})
         args = module.Args(num_envs=3, critic_hidden_dims=(4,), device="cpu", timeout_bootstrap=timeout_bootstrap)
         args = module.choose_groups(env.get_observations(), args)
-        obs = module.read_obs(env, args)
+        obs = module.read_obs(env.get_observations(), args)
         agent = module.make_agent(env, obs, args)
         rows = module.make_storage(agent, obs, 1, args)
         rows["values"][0] = 5.0

@@ -49,13 +49,13 @@ def make_agent(**settings):
     ppo_cnn.check_args(args)
     env = make_env(args)
     args = ppo_cnn.choose_groups(env.get_observations(), args)
-    return args, env, ppo_cnn.make_agent(env, ppo_cnn.read_obs(env, args), args)
+    return args, env, ppo_cnn.make_agent(env, ppo_cnn.read_obs(env.get_observations(), args), args)
 
 
 def collected(args, env, agent):
     """The storage after a rollout, and the observations that the environment gave."""
     step, seen = env.step, [env.get_observations()]
-    storage = ppo_cnn.make_storage(agent, ppo_cnn.read_obs(env, args), env.num_actions, args)
+    storage = ppo_cnn.make_storage(agent, ppo_cnn.read_obs(env.get_observations(), args), env.num_actions, args)
     env.step = lambda actions: (lambda obs, *rest: (seen.append(obs.clone()) or obs, *rest))(*step(actions))
     ppo_cnn.collect(env, agent, storage, ppo_cnn.act, args)
     return storage, torch.stack(seen)

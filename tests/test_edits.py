@@ -237,7 +237,7 @@ def test_each_critic_has_its_own_rewards(edited, cartpoles):
     args = args_of(module, "multi_critic", reward_weights=(0.7, 2.0))
     agent, env = module.train(args).agent, cartpoles.Rewards(16)
     assert len(agent.critic) == 2
-    obs = module.read_obs(env, module.choose_groups(env.get_observations(), args))
+    obs = module.read_obs(env.get_observations(), module.choose_groups(env.get_observations(), args))
     storage = module.make_storage(agent, obs, 1, args)
     for name in ("values", "reward_groups", "bootstrap"):
         storage[name].normal_()
@@ -305,7 +305,7 @@ def test_every_epoch_reads_other_mini_batches(edited, monkeypatch):
 # What goes wrong while one edits says so
 
 ACT = '    write(row, values=agent.critic(row["obs"]).squeeze(-1))\n'
-STORAGE = "    storage = make_storage(agent, obs, env.num_actions, args)\n"
+STORAGE = "    start = load(agent, env, storage, args)\n"
 EPISODES = '    return means | {"Train/num_episodes": count}\n'
 LOSS = '    return loss, metrics | {"clip_fraction": clip_fraction, "mean_std": policy.stddev.mean()}\n'
 FIELD = "    desired_kl: float = 0.01\n"

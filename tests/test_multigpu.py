@@ -161,7 +161,7 @@ def test_every_rank_saves_and_a_run_resumes_bit_equal(tmp_path):
     """Rank 0 alone prints, logs and exports; each rank saves what it needs to go on as if it had not stopped."""
     flags = ["--env", "cartpole", "--save-interval", "2", "--max-iterations"]
     whole, rank_1 = train(2, *flags, "4", "--experiment-name", "whole", NO_EXPORT="")
-    assert rank_1[1] == "" and "iteration 4/4" in whole[1] and f"{4 * 2 * 16 * 24:,} steps" in whole[1]
+    assert rank_1[1] == "" and "iteration 3/4" in whole[1] and f"{4 * 2 * 16 * 24:,} env steps" in whole[1]
     (run,) = (tmp_path / "logs" / "whole").iterdir()
     assert {file.name for file in (run / "rank_1").iterdir()} == {"model_0.pt", "model_2.pt", "model_3.pt"}
     assert (run / "exported" / "policy.pt").exists() and len(list(run.glob("events.*"))) == 1
@@ -176,7 +176,7 @@ def test_every_rank_saves_and_a_run_resumes_bit_equal(tmp_path):
     assert not torch.equal(rows[0]["episode_return"], rows[1]["episode_return"])  # each rank lives through something else
 
     more = train(3, *flags, "5", "--experiment-name", "parts", "--resume")[0]  # the third starts with new environments
-    assert f"resuming {second / 'model_3.pt'} after its 4 iterations" in more[1] and "iteration 5/5" in more[1]
+    assert f"resuming {second / 'model_3.pt'} after its 4 iterations" in more[1] and "iteration 4/5" in more[1]
     assert_equal_ranks(tmp_path.glob("logs/parts/*/**/model_4.pt"), 3)
 
 
@@ -295,7 +295,7 @@ def test_a_restart_goes_on_where_the_run_was_whatever_it_started_from(tmp_path):
     """Not from the policy of --checkpoint again; and anew where nothing had been saved."""
     flags, again = ["--env", "cartpole", "--max-iterations"], {"TORCHELASTIC_RESTART_COUNT": "1"}
     output = train(2, *flags, "1", "--experiment-name", "policy", **again)[0][1]
-    assert "resuming" not in output and "iteration 1/1" in output
+    assert "resuming" not in output and "iteration 0/1" in output
     (policy,) = tmp_path.glob("logs/policy/*/model_0.pt")
     flags += ["3", "--experiment-name", "run", "--checkpoint", str(policy)]
     output = train(2, *flags, **again)[0][1]
@@ -353,7 +353,7 @@ def test_two_hosts_train_together(hosts, tmp_path):
         )
     outputs = [node.communicate(timeout=90)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert "iteration 3/3  2,304 steps" in outputs[0] and "iteration" not in outputs[1]
+    assert "iteration 2/3  2,304 env steps" in outputs[0] and "iteration" not in outputs[1]
 
 
 def test_a_cut_link_stops_both_hosts(hosts, tmp_path):

@@ -41,7 +41,7 @@ def numbers(history):
 def agent_of(env, **settings):
     """An untrained agent, its rollout, and the settings of both."""
     args = module.choose_groups(env.get_observations(), args_of(num_envs=env.num_envs, **settings))
-    obs = module.read_obs(env, args)
+    obs = module.read_obs(env.get_observations(), args)
     agent = module.make_agent(env, obs, args)
     return agent, module.make_storage(agent, obs, env.num_actions, args), args
 
@@ -285,7 +285,7 @@ def test_nothing_of_a_bad_rollout_is_kept(where, tmp_path):
     with pytest.raises(FloatingPointError, match=f"iteration 2: {name} of environment 3, .* is nan at step 4"):
         module.train(args_of(max_iterations=3, log_root=str(tmp_path), logger="none"), env)
     (path,) = tmp_path.glob("*/*/model_1.pt")
-    agent, saved = module.make_agent(env, module.read_obs(env, good_args), good_args), module.read_checkpoint(path, "cpu")
+    agent, saved = module.make_agent(env, module.read_obs(env.get_observations(), good_args), good_args), module.read_checkpoint(path, "cpu")
     for name, part in module.parts_of(agent).items():
         module.restore(part, saved, name, path)
     assert_equal(vars(agent), good)

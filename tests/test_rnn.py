@@ -31,7 +31,7 @@ def make_env(args):
 
 def make_agent(args, env):
     torch.manual_seed(args.seed)
-    return ppo_rnn.make_agent(env, ppo_rnn.read_obs(env, args), args)
+    return ppo_rnn.make_agent(env, ppo_rnn.read_obs(env.get_observations(), args), args)
 
 
 def collected(args):
@@ -39,7 +39,7 @@ def collected(args):
     args = dataclasses.replace(args, timeout_bootstrap="final_obs")
     env = make_env(args)
     agent = make_agent(args, env)
-    storage = ppo_rnn.make_storage(agent, ppo_rnn.read_obs(env, args), env.num_actions, args)
+    storage = ppo_rnn.make_storage(agent, ppo_rnn.read_obs(env.get_observations(), args), env.num_actions, args)
     env.episode_length_buf = torch.arange(args.num_envs) % 39
     step, steps, rollouts = env.step, [], []
     env.step = lambda actions: steps.append(step(actions)) or steps[-1]
@@ -114,7 +114,7 @@ def test_one_update_from_the_reference_state(rnn_type):
     agent = make_agent(args, env)
     for name, part in ppo_rnn.parts_of(agent).items():
         ppo_rnn.restore(part, seen["before"], name, "rsl_rl's")
-    storage = ppo_rnn.make_storage(agent, ppo_rnn.read_obs(env, args), env.num_actions, args)
+    storage = ppo_rnn.make_storage(agent, ppo_rnn.read_obs(env.get_observations(), args), env.num_actions, args)
     storage["obs"][:-1].update_(theirs.observations.select(*storage["obs"].keys()))
     storage["obs"][-1].update_(seen["obs"].select(*storage["obs"].keys()))
     pack = lambda hidden: torch.stack(hidden).permute(2, 0, 1, 3)  # (L, N, H) each -> (N, K, L, H)

@@ -121,7 +121,7 @@ def test_users_own_environment_and_factory():
     flags = ["--env", "toy:make", "--log-root", "", "--max-iterations", "1"]
     env = os.environ | {"PYTHONPATH": str(pathlib.Path(toy.__file__).parent)}
     done = subprocess.run(command(*flags), capture_output=True, text=True, env=env)
-    assert done.returncode == 0 and "iteration 1/1" in done.stdout, done.stderr
+    assert done.returncode == 0 and "iteration 0/1" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("env_id", ["toy", "cartpole", "quadruped-rough", "navigation-pixels"])
@@ -248,7 +248,7 @@ def start_training(*flags) -> subprocess.Popen:
     """A training process that has passed its third iteration."""
     process = subprocess.Popen(command("--max-iterations", "100000", *flags), stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("iteration 3/"):
+        if line.startswith("iteration 2/"):
             return process
     raise AssertionError("training did not start")
 
@@ -269,9 +269,9 @@ def test_a_signal_finishes_the_iteration_saves_and_exits_0(number):
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    last = int(output.rsplit("\niteration ", 1)[1].split("/")[0]) if "\niteration " in output else 3
-    saved = torch.load(only_run() / f"model_{last - 1}.pt", weights_only=True)
-    assert saved["iter"] == last - 1 and saved["resume"]["env"] is not None
+    last = int(output.rsplit("\niteration ", 1)[1].split("/")[0]) if "\niteration " in output else 2
+    saved = torch.load(only_run() / f"model_{last}.pt", weights_only=True)
+    assert saved["iter"] == last and saved["resume"]["env"] is not None
     assert (only_run() / "exported" / "policy.onnx").exists()
 
 
@@ -280,7 +280,7 @@ def test_training_in_another_thread(capsys):
     thread = threading.Thread(target=lambda: module.train(args_of(log_root="", max_iterations=2), toy.Toy(8)))
     thread.start()
     thread.join()
-    assert "iteration 2/2" in capsys.readouterr().out
+    assert "iteration 1/2" in capsys.readouterr().out
 
 
 class Dying(Cartpole):

@@ -88,7 +88,7 @@ def state_of(agent, parts=("actor", "critic")):
 def one_rollout(env, **settings):
     """An untrained agent, what it has collected, cut into mini-batches, and the settings."""
     args = module.choose_groups(env.get_observations(), args_of(num_envs=env.num_envs, **settings))
-    obs = module.read_obs(env, args)
+    obs = module.read_obs(env.get_observations(), args)
     agent = module.make_agent(env, obs, args)
     storage = module.make_storage(agent, obs, env.num_actions, args)
     module.collect(env, agent, storage, module.act, args)
