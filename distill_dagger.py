@@ -920,7 +920,7 @@ class Graphed:
         """Look for what waits for the device: after a recording that failed torch could not go on."""
 
         def note(message, *_):
-            if "synchronizing" in str(message):
+            if "called a synchronizing" in str(message):
                 self.waits.append(place(traceback.extract_stack()[:-2]))  # without `warnings` and this line
 
         with warnings.catch_warnings():

@@ -202,6 +202,7 @@ def emulated_cuda():
         if modes[-1] == "warn" != mode:
             warn.__exit__(None, None, None)
         if mode == "warn" != modes[-1]:
+            warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations")  # noqa: B028
             warn.__enter__()
         modes.append(mode)
 

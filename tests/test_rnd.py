@@ -285,7 +285,8 @@ def test_nothing_of_a_bad_rollout_is_kept(where, tmp_path):
     with pytest.raises(FloatingPointError, match=f"iteration 2: {name} of environment 3, .* is nan at step 4"):
         module.train(args_of(max_iterations=3, log_root=str(tmp_path), logger="none"), env)
     (path,) = tmp_path.glob("*/*/model_1.pt")
-    agent, saved = module.make_agent(env, module.read_obs(env.get_observations(), good_args), good_args), module.read_checkpoint(path, "cpu")
+    agent = module.make_agent(env, module.read_obs(env.get_observations(), good_args), good_args)
+    saved = module.read_checkpoint(path, "cpu")
     for name, part in module.parts_of(agent).items():
         module.restore(part, saved, name, path)
     assert_equal(vars(agent), good)
