@@ -402,7 +402,7 @@ class Model(nn.Module):
             self.obs_normalizer.update(self.inputs(obs)["obs"].flatten(0, -2))
 
     def initial_memory(self, batch_size: int) -> Tensor:
-        """What the network remembers when an episode starts: hidden, all zeros."""
+        """(K, L, B, H): `hidden` as an episode starts. Where one ends, its rows of B are set to zero."""
         k, layers, size = self.state_shape
         return torch.zeros(k, layers, batch_size, size)
 
@@ -446,7 +446,10 @@ def make_agent(env: VecEnv, obs: TensorDict, args: Args) -> SimpleNamespace:
 
 
 def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args: Args) -> TensorDict:
-    """Rows 0..T-1 hold a rollout, (T + 1, N, ...); row T is where the next one, or a resumed run, goes on."""
+    """Rows 0..T-1 hold a rollout, (T + 1, N, ...); row T is where the next one, or a resumed run, goes on.
+
+    A column that you add is in every mini-batch, in row T and in checkpoints as the others are.
+    """
     shape = (args.num_steps_per_env + 1, args.num_envs)
 
     def zeros(*size: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -691,6 +694,7 @@ def train(args: Args, env: VecEnv | None = None) -> History:
     check_args(args)  # again, with the environment's own size
     obs = read_obs(obs, args)
     agent = make_agent(env, obs, args)
+    check_learned(agent)
     if args.init_at_random_ep_len:  # else all environments time out in the same step, again and again
         limit = int(env.max_episode_length)
         env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=limit)
@@ -800,6 +804,21 @@ def make_optimizer(name, parameters, learning_rate, device):
     return by_name(torch.optim, name)(parameters, lr=lr, fused=on_gpu, **options)
 
 
+def models_of(agent):
+    return nn.ModuleDict({name: x for name, x in vars(agent).items() if isinstance(x, nn.Module)})
+
+
+def check_learned(agent):
+    """Refuse a parameter that no optimizer has: it would stay as it was drawn, and nobody would notice."""
+    groups = [group for part in vars(agent).values() for group in getattr(part, "param_groups", ())]
+    learned = {x for group in groups for x in group["params"]}
+    for name, x in models_of(agent).named_parameters():
+        if x.requires_grad and x not in learned:
+            raise UserError(
+                f"agent.{name} is in no optimizer; what is not learned needs requires_grad_(False)"
+            )
+
+
 @functools.cache
 def compiled(fn):
     return torch.compile(fn, dynamic=False)
@@ -880,12 +899,8 @@ def place(frames):
 
 def all_finite(agent, storage, metrics):
     """Whether everything that was read, computed and learned is finite; on the device."""
-    models = nn.ModuleList(part for part in vars(agent).values() if isinstance(part, nn.Module))
-    tensors = [
-        *storage.values(include_nested=True, leaves_only=True),
-        *models.state_dict().values(),
-        *metrics.values(),
-    ]
+    columns = storage.values(include_nested=True, leaves_only=True)
+    tensors = [*columns, *models_of(agent).state_dict().values(), *metrics.values()]
     return torch.stack([x.sum().double() for x in tensors]).isfinite().all()
 
 
@@ -1007,8 +1022,9 @@ def describe_nan(iteration, storage, run_dir):
             found.append((step, f"{name} of environment {index}, column {column}, is {value} at step {step}"))
     message = f"iteration {iteration}: {min(found, key=lambda x: x[0])[1]}"
     if run_dir:
-        torch.save(storage.to_dict(), run_dir / f"nan_{iteration}.pt")
-        message += f"; the rollout is in {run_dir / f'nan_{iteration}.pt'}"
+        path = run_dir / f"nan_{iteration}.pt"
+        torch.save(storage.to_dict(), path)
+        message += f"; the rollout is in {path}"
     return message
 
 
@@ -1045,14 +1061,14 @@ def make_run_dir(args, env):
         (run_dir / f"{name}.txt").write_text(pprint.pformat(value, sort_dicts=False))
     shutil.copy(__file__, run_dir)
     command = "git rev-parse HEAD && git diff HEAD"
-    git = subprocess.run(command, shell=True, capture_output=True, cwd=Path(__file__).resolve().parent)
+    git = subprocess.run(command, shell=True, capture_output=True, cwd=Path(__file__).parent)
     (run_dir / "git.diff").write_bytes(git.stdout)
     return run_dir
 
 
 def make_writer(args, run_dir):
     """An object with add_scalar(tag, value, iteration), or None."""
-    if run_dir is None or args.logger == "none":
+    if not run_dir or args.logger == "none":
         return None
     if args.logger not in ("tensorboard", "wandb"):
         return find(args, "logger")(str(run_dir))
@@ -1123,7 +1139,7 @@ def read_checkpoint(path, device):
         policy = checkpoint.get("student_state_dict") or checkpoint["actor_state_dict"]
     except Exception as error:
         raise UserError(f"--checkpoint {path}: is no whole checkpoint ({first_line(error)})") from error
-    return {"resume": {"args": {}, "env": None}} | checkpoint | {"actor_state_dict": policy}
+    return {"resume": {"args": {}, "row": {}, "env": None}} | checkpoint | {"actor_state_dict": policy}
 
 
 def restore(part, checkpoint, name, path):
@@ -1159,6 +1175,7 @@ def load(agent, env, storage, args):
     for name, part in parts_of(agent).items():
         restore(part, checkpoint, name, path)
     same = all(resume["args"].get(name) == getattr(args, name) for name in ("seed", "num_envs"))
+    same &= resume["row"].keys() == storage.exclude("obs").keys()  # else a column of yours is new
     if same:
         torch.set_rng_state(resume["rng"].cpu())
         if storage.is_cuda and resume["cuda_rng"] is not None:
@@ -1177,7 +1194,7 @@ def load(agent, env, storage, args):
 class Policy(nn.Module):
     """The policy without noise, with its memory, if it has one: it is played, and traced it is policy.pt."""
 
-    def __init__(self, actor: Model, batch_size: int = 1):
+    def __init__(self, actor, batch_size=1):
         super().__init__()
         self.actor = actor
         self.register_buffer("memory", actor.initial_memory(batch_size).to(actor.example.device))
@@ -1199,12 +1216,12 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, obs: TensorDict) -> Tensor:
         """Observation groups (B, ...) -> actions (B, A)."""
-        dtypes = {group: x.dtype for group, x in self.actor.example.items()}
-        obs = {group: obs[group].to(self.memory.device, dtype) for group, dtype in dtypes.items()}
+        example, device = self.actor.example, self.memory.device
+        obs = {group: obs[group].to(device, x.dtype) for group, x in example.items()}
         return self(*self.actor.inputs(obs).values())
 
 
-def load_policy(path, args=None, env=None, batch_size: int = 1) -> Policy:
+def load_policy(path, args=None, env=None, batch_size=1):
     """A checkpoint's policy, on the CPU. rsl_rl's hold weights only: give settings and environment too."""
     checkpoint = read_checkpoint(path, "cpu")
     resume, state = checkpoint["resume"], checkpoint["actor_state_dict"]

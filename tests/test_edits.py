@@ -306,6 +306,7 @@ def test_every_epoch_reads_other_mini_batches(edited, monkeypatch):
 
 ACT = '    write(row, values=agent.critic(row["obs"]).squeeze(-1))\n'
 STORAGE = "    start = load(agent, env, storage, args)\n"
+PARTS = "    parameters = list(nn.ModuleList([actor, critic]).parameters())  # what both share counts once\n"
 EPISODES = '    return means | {"Train/num_episodes": count}\n'
 LOSS = '    return loss, metrics | {"clip_fraction": clip_fraction, "mean_std": policy.stddev.mean()}\n'
 FIELD = "    desired_kl: float = 0.01\n"
@@ -322,6 +323,12 @@ SLIPS = {
     "a metric that is no number": (EPISODES, '    means["Train/x"] = rollout["actions"]\n', ValueError, "metric Train/x"),
     "a metric on the host": (EPISODES, '    means["Train/x"] = 1.0\n', ValueError, "metric Train/x is 1.0"),
     "a group that nobody reads": (LOSS, '    metrics["x"] = batch["obs"]["privileged"].mean()\n', KeyError, "privileged"),
+    "a network that no optimizer has": (
+        PARTS,
+        "    agent.second = nn.Linear(2, 1)\n",
+        ValueError,
+        "agent.second.weight is in no",
+    ),
     "a group that there is not": (FIELD, PREDICTED, ValueError, r"--estimated-obs \('privilegd',\)"),
 }
 

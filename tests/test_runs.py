@@ -217,6 +217,16 @@ def test_a_run_is_resumed_with_other_environments(capsys):
         assert len(resumed) == 2 and str(numbers(resumed)) != str(numbers(whole))
 
 
+def test_a_column_that_the_checkpoint_has_not(capsys):
+    """As where the script was edited in between: zeros in it would be taken for what was stored."""
+    path = module.train(args_of(max_iterations=2), make("cartpole", 16)).run_dir / "model_1.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["resume"]["row"]["episode_return"]
+    torch.save(checkpoint, path)
+    assert len(module.train(args_of(resume=True, max_iterations=3), make("cartpole", 16))) == 1
+    assert "the environment starts afresh" in capsys.readouterr().out
+
+
 def test_resumed_quadruped_equals_uninterrupted_run():
     settings = dict(env="quadruped", critic_obs=("policy", "privileged"), num_steps_per_env=8, max_iterations=4)
     whole = module.train(args_of(log_root="whole", **settings), make("quadruped", 16))

@@ -12,15 +12,15 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 830,
-    "tokens of the base": 9600,
+    "code lines of the base": 835,
+    "tokens of the base": 9700,
     "tokens of the base above the fence": 4860,
-    "code lines of the distillation": 945,
-    "tokens of the distillation": 11_260,
+    "code lines of the distillation": 951,
+    "tokens of the distillation": 11_360,
     "tokens of the distillation above the fence": 6520,
     "tokens of a variant beyond the base's": 1100,
     "tokens of the five variants beyond the base's": 4520,
-    "tokens of all seven, below the fence counted once": 44_900,
+    "tokens of all seven, below the fence counted once": 45_000,
     "tokens per code line": 13,
     "characters per line": 110,
 }
