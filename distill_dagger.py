@@ -47,6 +47,7 @@ import math
 import os
 import pkgutil
 import pprint
+import random
 import re
 import shutil
 import signal
@@ -63,6 +64,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -213,7 +215,7 @@ class Args:
                 object.__setattr__(self, name, (value,))
 
 
-def check_args(args: Args) -> None:
+def check_args(args: Args):
     """Refuse what cannot work, before any time is spent on it."""
     check_settings(args)
     for name in ("beta", "beta_decay", "learning_rate_decay"):
@@ -254,7 +256,7 @@ class EmpiricalNormalization(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x - self._mean) / (self._std + 1e-2)  # 1e-2: what hardly ever moves is not blown up
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor):
         """Merge the moments of a batch x (B, O): Chan et al. 1983, in rsl_rl's order of operations."""
         batch_size = torch.full_like(self.count, len(x))
         mean = x.mean(dim=0, keepdim=True)  # (1, O)
@@ -451,7 +453,7 @@ class Model(nn.Module):
         output, state = self(obs, state)
         return self.distribution(output).mean, state
 
-    def update_normalization(self, obs: TensorDict) -> None:
+    def update_normalization(self, obs: TensorDict):
         if isinstance(self.obs_normalizer, EmpiricalNormalization):
             self.obs_normalizer.update(self.inputs(obs)["obs"].flatten(0, -2))
 
@@ -487,7 +489,7 @@ class Experts(nn.ModuleList):
 def choose_groups(obs: TensorDict, args: Args) -> Args:
     """Observation groups by convention where none are named; refuse what the environment does not have."""
 
-    def first(*names: str) -> tuple[str, ...]:
+    def first(*names):
         return tuple(name for name in names if name in obs.keys())[:1]
 
     student_obs = args.student_obs or first("student", "actor", "policy", "state")
@@ -559,7 +561,7 @@ def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args
     """Rows 0..T-1 hold a rollout, (T + 1, N, ...); row T is where the next one, or a resumed run, goes on."""
     shape = (args.num_steps_per_env + 1, args.num_envs)
 
-    def zeros(*size: int, dtype: torch.dtype | None = None) -> Tensor:
+    def zeros(*size, dtype=None):
         return torch.zeros(*shape, *size, dtype=dtype, device=obs.device)
 
     storage = TensorDict(
@@ -584,7 +586,7 @@ def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args
 
 
 @torch.no_grad()
-def act(agent: SimpleNamespace, storage: TensorDict, t: int) -> None:
+def act(agent: SimpleNamespace, storage: TensorDict, t: int):
     """Sample the student's actions for the observations of row t, and ask the teacher for its own."""
     row = storage[t].lock_()  # so that row["x"] = ..., which would not reach the storage, is an error
     output, student_state = agent.student(row["obs"], row["student_state"])
@@ -650,7 +652,7 @@ def behavior_loss(
     return distance(means, row["teacher_actions"]), next_state
 
 
-def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+def backward(loss: Tensor, optimizer: torch.optim.Optimizer):
     optimizer.zero_grad()
     loss.backward()
     # Before the clipping, which is of the whole batch then. In one piece: one collective, not one a layer.
@@ -857,7 +859,8 @@ def set_up_torch(args):
         raise wrong(args, "device", f"not available here ({first_line(error)})") from error
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    torch.manual_seed(args.seed)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(args.seed)
     torch.set_float32_matmul_precision(args.float32_matmul_precision)
     torch.backends.cudnn.allow_tf32 = args.float32_matmul_precision != "highest"  # convolutions and RNNs
     return replace(args, device=device)
@@ -1194,10 +1197,28 @@ def find_checkpoint(args):
         files = {age(Path(file.name)): file for file in run.files() if Path(file.name).match(pattern)}
         return Path(files[max(files)].download(root=str(folder / "wandb" / run.id), replace=True).name)
     paths = glob.glob(args.checkpoint) or folder.glob(f"*/{pattern}")
-    files = [path for path in map(Path, paths) if path.is_file()]
+    files = sorted((path for path in map(Path, paths) if path.is_file()), key=age, reverse=True)
     if not files:
         raise wrong(args, "checkpoint", f"no such file, neither here nor in a run of {folder}")
-    return max(files, key=age)
+    if args.resume and not args.checkpoint:  # one's own run: seeds may share a folder
+        own = next((file for file in files if not differences(file, args)), None)
+        if own is None:
+            there = differences(files[0], args)
+            raise wrong(args, "resume", f"the newest run, {files[0]}, has {there}; --checkpoint takes any")
+        return own
+    return files[0]
+
+
+def differences(path, args):
+    """The first settings in which a run differs from these, of all that change what is learned."""
+    idle = r"max_iter|device|log|run_name|.*_interval|compile|cuda_graphs|env_defaults|rank_"
+    idle += r"|resume|checkpoint|wandb|play|export|agent|viewer|terminations"
+    try:
+        there, here = read_checkpoint(path, "cpu")["resume"]["args"], vars(args)
+    except UserError as error:
+        return str(error)
+    names = [x for x in {**here, **there} if not re.match(idle, x) and here.get(x) not in (there.get(x), ())]
+    return ", ".join(f"{x} {there.get(x)} (here {here.get(x)})" for x in names[:3])
 
 
 def age(file):
@@ -1278,7 +1299,7 @@ class Policy(nn.Module):
         return actions
 
     @torch.jit.export
-    def reset(self, dones: Tensor | None = None) -> None:
+    def reset(self, dones: Tensor | None = None):
         """A new episode where dones (B,) is set, or everywhere."""
         if dones is None:
             self.memory.zero_()

@@ -31,6 +31,7 @@ import math
 import os
 import pkgutil
 import pprint
+import random
 import re
 import shutil
 import signal
@@ -47,6 +48,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import torch.nn as nn
 import tyro
@@ -202,7 +204,7 @@ class Args:
                 object.__setattr__(self, name, (value,))
 
 
-def check_args(args: Args) -> None:
+def check_args(args: Args):
     """Refuse what cannot work, before any time is spent on it."""
     check_settings(args)
     for name in ("gamma", "lam"):
@@ -235,7 +237,7 @@ class EmpiricalNormalization(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x - self._mean) / (self._std + 1e-2)  # 1e-2: what hardly ever moves is not blown up
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor):
         """Merge the moments of a batch x (B, O): Chan et al. 1983, in rsl_rl's order of operations."""
         batch_size = torch.full_like(self.count, len(x))
         mean = x.mean(dim=0, keepdim=True)  # (1, O)
@@ -399,7 +401,7 @@ class Model(nn.Module):
     def forward(self, obs: TensorDict) -> Tensor:
         return self.network(*self.inputs(obs).values())
 
-    def update_normalization(self, obs: TensorDict) -> None:
+    def update_normalization(self, obs: TensorDict):
         if isinstance(self.obs_normalizer, EmpiricalNormalization):
             self.obs_normalizer.update(self.inputs(obs)["obs"].flatten(0, -2))
 
@@ -419,7 +421,7 @@ def choose_groups(obs: TensorDict, args: Args) -> Args:
     """Observation groups by convention where none are named; refuse what the environment does not have."""
     kinds = {1: "vectors", 3: "images"}
 
-    def first(*names: str) -> tuple[str, ...]:
+    def first(*names):
         return tuple(name for name in names if name in obs.keys())[:1]
 
     images = tuple(group for group, x in obs.items() if x.dim() == 4)
@@ -460,7 +462,7 @@ def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args
     """
     shape = (args.num_steps_per_env + 1, args.num_envs)
 
-    def zeros(*size: int, dtype: torch.dtype | None = None) -> Tensor:
+    def zeros(*size, dtype=None):
         return torch.zeros(*shape, *size, dtype=dtype, device=obs.device)
 
     policy = agent.actor.distribution(zeros(agent.actor.distribution.num_outputs))  # only shapes count
@@ -488,7 +490,7 @@ def params_of(policy: torch.distributions.Distribution) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def act(agent: SimpleNamespace, storage: TensorDict, t: int) -> None:
+def act(agent: SimpleNamespace, storage: TensorDict, t: int):
     """Sample actions for the observations of row t, and store what PPO needs to know of them."""
     row = storage[t].lock_()  # so that row["x"] = ..., which would not reach the storage, is an error
     policy = agent.actor.distribution(agent.actor(row["obs"]))
@@ -574,7 +576,7 @@ def compute_gae(storage: TensorDict, args: Args) -> tuple[Tensor, Tensor]:
 # ---- Update ------------------------------------------------------------------------------------------------
 
 
-def shuffle(storage: TensorDict, args: Args) -> None:
+def shuffle(storage: TensorDict, args: Args):
     """Draw the order of the samples: apart from `update`, whose graph so has nothing random in it."""
     size = args.num_envs * args.num_steps_per_env // args.num_mini_batches * args.num_mini_batches
     torch.randperm(size, out=storage["order"].flatten()[:size])
@@ -622,12 +624,12 @@ def ppo_loss(agent: SimpleNamespace, batch: TensorDict, args: Args) -> tuple[Ten
     return loss, metrics | {"clip_fraction": clip_fraction, "mean_std": policy.stddev.mean()}
 
 
-def backward(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+def backward(loss: Tensor, optimizer: torch.optim.Optimizer):
     optimizer.zero_grad()
     loss.backward()
 
 
-def adapt_learning_rate(lr: Tensor, kl: Tensor, args: Args) -> None:
+def adapt_learning_rate(lr: Tensor, kl: Tensor, args: Args):
     """/ 1.5 (down to 1e-5) if the policy has moved too far, x 1.5 (up to 1e-2) if hardly; in place.
 
     How far a step moves the policy depends on the task and on the standard deviation, so that no fixed rate
@@ -795,7 +797,8 @@ def set_up_torch(args):
         raise wrong(args, "device", f"not available here ({first_line(error)})") from error
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    torch.manual_seed(args.seed)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(args.seed)
     torch.set_float32_matmul_precision(args.float32_matmul_precision)
     torch.backends.cudnn.allow_tf32 = args.float32_matmul_precision != "highest"  # convolutions and RNNs
     return replace(args, device=device)
@@ -1132,10 +1135,28 @@ def find_checkpoint(args):
         files = {age(Path(file.name)): file for file in run.files() if Path(file.name).match(pattern)}
         return Path(files[max(files)].download(root=str(folder / "wandb" / run.id), replace=True).name)
     paths = glob.glob(args.checkpoint) or folder.glob(f"*/{pattern}")
-    files = [path for path in map(Path, paths) if path.is_file()]
+    files = sorted((path for path in map(Path, paths) if path.is_file()), key=age, reverse=True)
     if not files:
         raise wrong(args, "checkpoint", f"no such file, neither here nor in a run of {folder}")
-    return max(files, key=age)
+    if args.resume and not args.checkpoint:  # one's own run: seeds may share a folder
+        own = next((file for file in files if not differences(file, args)), None)
+        if own is None:
+            there = differences(files[0], args)
+            raise wrong(args, "resume", f"the newest run, {files[0]}, has {there}; --checkpoint takes any")
+        return own
+    return files[0]
+
+
+def differences(path, args):
+    """The first settings in which a run differs from these, of all that change what is learned."""
+    idle = r"max_iter|device|log|run_name|.*_interval|compile|cuda_graphs|env_defaults|rank_"
+    idle += r"|resume|checkpoint|wandb|play|export|agent|viewer|terminations"
+    try:
+        there, here = read_checkpoint(path, "cpu")["resume"]["args"], vars(args)
+    except UserError as error:
+        return str(error)
+    names = [x for x in {**here, **there} if not re.match(idle, x) and here.get(x) not in (there.get(x), ())]
+    return ", ".join(f"{x} {there.get(x)} (here {here.get(x)})" for x in names[:3])
 
 
 def age(file):
@@ -1216,7 +1237,7 @@ class Policy(nn.Module):
         return actions
 
     @torch.jit.export
-    def reset(self, dones: Tensor | None = None) -> None:
+    def reset(self, dones: Tensor | None = None):
         """A new episode where dones (B,) is set, or everywhere."""
         if dones is None:
             self.memory.zero_()

@@ -217,6 +217,31 @@ def test_a_run_is_resumed_with_other_environments(capsys):
         assert len(resumed) == 2 and str(numbers(resumed)) != str(numbers(whole))
 
 
+def test_resuming_continues_ones_own_run(capsys):
+    """Three seeds in one folder, stopped; each one's own command goes on with its own run, whatever else has been tried since."""
+    runs = {seed: module.train(args_of(seed=seed, max_iterations=2), make("cartpole", 16)).run_dir for seed in (1, 2, 3)}
+    module.train(args_of(gamma=0.9, max_iterations=2), make("cartpole", 16))
+    path = runs[1] / "model_1.pt"
+    (runs[3].parent / "9999-later").mkdir()
+    (runs[3].parent / "9999-later" / "model_7.pt").write_bytes(b"not a checkpoint")  # hinders nobody
+    for seed in (1, 2):
+        capsys.readouterr()
+        args = args_of(seed=seed, max_iterations=3, resume=True, save_interval=7, run_name="again", compile=False)
+        assert len(module.train(args, make("cartpole", 16))) == 1
+        assert f"resuming {(runs[seed] / 'model_1.pt').absolute()} after" in capsys.readouterr().out
+    with pytest.raises(module.UserError, match=r"^--resume True: the newest run, .*; --checkpoint takes any$"):
+        module.train(args_of(seed=4, resume=True), make("cartpole", 16))
+    (runs[3].parent / "9999-later" / "model_7.pt").unlink()
+    with pytest.raises(
+        module.UserError, match=r"model_2.pt, has seed 2 \(here 4\), clip_param 0.2 \(here 0.3\); --checkpoint takes"
+    ):
+        module.train(args_of(seed=4, clip_param=0.3, resume=True), make("cartpole", 16))
+    taken = module.train(
+        args_of(seed=4, clip_param=0.3, resume=True, checkpoint=str(path), max_iterations=3), make("cartpole", 16)
+    )
+    assert len(taken) == 1
+
+
 def test_a_column_that_the_checkpoint_has_not(capsys):
     """As where the script was edited in between: zeros in it would be taken for what was stored."""
     path = module.train(args_of(max_iterations=2), make("cartpole", 16)).run_dir / "model_1.pt"

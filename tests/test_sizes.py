@@ -12,11 +12,11 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 835,
-    "tokens of the base": 9700,
-    "tokens of the base above the fence": 4860,
-    "code lines of the distillation": 951,
-    "tokens of the distillation": 11_360,
+    "code lines of the base": 855,
+    "tokens of the base": 9850,
+    "tokens of the base above the fence": 4840,
+    "code lines of the distillation": 970,
+    "tokens of the distillation": 11_515,
     "tokens of the distillation above the fence": 6520,
     "tokens of a variant beyond the base's": 1100,
     "tokens of the five variants beyond the base's": 4520,
