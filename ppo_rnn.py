@@ -272,7 +272,7 @@ class Gaussian(nn.Module):
         std = std.clamp(math.log(1e-6), math.log(1e6)).exp() if self.log else std.clamp(1e-6, 1e6)
         return self.make(mean, std.expand_as(mean))
 
-    def make(self, loc: Tensor, scale: Tensor) -> Normal:
+    def make(self, loc, scale) -> Normal:
         return Normal(loc, scale, validate_args=False)  # the check would wait for the device
 
 
@@ -317,7 +317,7 @@ class Beta(nn.Module):
         return ScaledBeta(concentration1, concentration0, self.low, self.scale)
 
 
-def make_mlp(num_inputs: int, num_outputs: int, hidden_dims, activation: str) -> nn.Sequential:
+def make_mlp(num_inputs: int, num_outputs: int, hidden_dims, activation: str):
     sizes, layers = [num_inputs, *hidden_dims], []
     for pair in zip(sizes, sizes[1:]):
         layers += [nn.Linear(*pair), by_name(nn, activation)()]
@@ -698,8 +698,7 @@ def train(args: Args, env: VecEnv | None = None) -> History:
     agent = make_agent(env, obs, args)
     check_learned(agent)
     if args.init_at_random_ep_len:  # else all environments time out in the same step, again and again
-        limit = int(env.max_episode_length)
-        env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=limit)
+        env.episode_length_buf = torch.randint_like(env.episode_length_buf, int(env.max_episode_length))
     storage = make_storage(agent, read_obs(env.get_observations(), args), env.num_actions, args)
     start = load(agent, env, storage, args)
     run_dir = make_run_dir(args, env)
@@ -1139,7 +1138,7 @@ def find_checkpoint(args):
 
 def differences(path, args):
     """The first settings in which a run differs from these, of all that change what is learned."""
-    idle = r"max_iter|device|log|run_name|.*_interval|compile|cuda_graphs|env_defaults|rank_"
+    idle = r"max_iter|device|num_envs|log|run_name|.*_interval|compile|cuda_graphs|env_defaults|rank_"
     idle += r"|resume|checkpoint|wandb|play|export|agent|viewer|terminations"
     try:
         there, here = read_checkpoint(path, "cpu")["resume"]["args"], vars(args)
@@ -1153,25 +1152,35 @@ def age(file):
     return file.parent.name, int("0" + re.sub(r"\D", "", file.stem))
 
 
+@contextlib.contextmanager
+def blaming(path, fault):
+    """What goes wrong in here is the checkpoint's fault, and said in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        shown = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--checkpoint {path}: {fault} ({shown})") from error
+
+
 def read_checkpoint(path, device):
     """A checkpoint, ours or rsl_rl's, with the policy as `actor`. Weights only: others' could run code."""
-    try:
+    with blaming(path, "is no whole checkpoint"):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = {"iter": 0, "resume": {"args": {}, "row": {}, "env": None}} | checkpoint
+        _ = checkpoint["iter"] + 1, {**checkpoint["resume"]["args"]}  # a number and a dict
         policy = checkpoint.get("student_state_dict") or checkpoint["actor_state_dict"]
-    except Exception as error:
-        raise UserError(f"--checkpoint {path}: is no whole checkpoint ({first_line(error)})") from error
-    return {"resume": {"args": {}, "row": {}, "env": None}} | checkpoint | {"actor_state_dict": policy}
+    return checkpoint | {"actor_state_dict": policy}
 
 
 def restore(part, checkpoint, name, path):
-    try:
+    with blaming(path, f"{name} differs"):
         state = checkpoint[f"{name}_state_dict"]
         for own, group in zip(getattr(part, "param_groups", ()), state.get("param_groups", ())):
             own["lr"].fill_(float(group["lr"]))  # rsl_rl saves a float
             group.update(own, params=group["params"])  # the rest, `fused` and so on, is this device's
         part.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"--checkpoint {path}: {name} differs: {' '.join(str(error).split())}") from error
 
 
 def load(agent, env, storage, args):
@@ -1195,17 +1204,18 @@ def load(agent, env, storage, args):
     print(f"resuming {path} after its {start} iterations")
     for name, part in parts_of(agent).items():
         restore(part, checkpoint, name, path)
-    same = all(resume["args"].get(name) == getattr(args, name) for name in ("seed", "num_envs"))
-    same &= resume["row"].keys() == storage.exclude("obs").keys()  # else a column of yours is new
-    if same:
-        torch.set_rng_state(resume["rng"].cpu())
-        if storage.is_cuda and resume["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
-    if same and resume["env"] is not None and env.load_state_dict(resume["env"]) is not False:
-        storage[-1].update_(resume["row"])
-        copy_groups(storage["obs"][-1], env.get_observations())
-    else:
-        print("the environment starts afresh: its state is not in the checkpoint, or not all of it")
+    with blaming(path, "its run cannot be continued"):
+        same = all(resume["args"].get(name) == getattr(args, name) for name in ("seed", "num_envs"))
+        same &= resume["row"].keys() == storage.exclude("obs").keys()  # else a column of yours is new
+        if same:
+            torch.set_rng_state(resume["rng"].cpu())
+            if storage.is_cuda and resume["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
+        if same and resume["env"] is not None and env.load_state_dict(resume["env"]) is not False:
+            storage[-1].update_(resume["row"])
+            copy_groups(storage["obs"][-1], env.get_observations())
+            return start
+    print("the environment starts afresh: its state is not in the checkpoint, or not all of it")
     return start
 
 
@@ -1248,7 +1258,8 @@ def load_policy(path, args=None, env=None, batch_size=1):
     resume, state = checkpoint["resume"], checkpoint["actor_state_dict"]
     if resume["args"]:
         args = Args(**{name: value for name, value in resume["args"].items() if hasattr(Args, name)})
-        obs, num_actions = TensorDict(resume["obs"], [1]), resume["num_actions"]
+        with blaming(path, "does not tell what its policy reads"):
+            obs, num_actions = TensorDict(resume["obs"], [1]), resume["num_actions"]
     elif args is None:
         raise UserError(f"--checkpoint {path}: holds weights only; load_policy(path, args)")
     else:
@@ -1259,7 +1270,8 @@ def load_policy(path, args=None, env=None, batch_size=1):
         obs, num_actions = env.get_observations(), env.num_actions
         args = choose_groups(obs, args)
         obs = read_obs(obs, args)
-    actor = make_actor(obs, num_actions, args)
+    with blaming(path, "its policy cannot be built"):
+        actor = make_actor(obs, num_actions, args)
     restore(actor, checkpoint, "actor", path)
     return Policy(actor.eval(), batch_size)
 

@@ -268,7 +268,8 @@ def test_resumed_run_continues_bit_for_bit(tmp_path, without_export):
     }
     assert torch.equal(policy.act(obs), ppo_cnn.Policy(agent["actor"].eval()).act(obs))
     with pytest.raises(ppo_cnn.UserError, match="--cnn-norm none: "):
-        train(dataclasses.replace(args, resume=True, cnn_norm="none"))
+        path = str(rest.run_dir / "model_3.pt")
+        train(dataclasses.replace(args, resume=True, checkpoint=path, cnn_norm="none", max_iterations=5))
 
 
 # ---- On the device --------------------------------------------------------------------------------------------------

@@ -530,8 +530,8 @@ REFUSED = {
     "a teacher that is not there": (dict(teacher="nowhere"), "--teacher ('nowhere',): is no checkpoint, and no folder"),
     "no checkpoint": (dict(teacher="text.pt"), "text.pt: is no whole checkpoint"),
     "no policy in it": (dict(teacher="empty.pt"), "empty.pt: is no whole checkpoint (KeyError: 'actor_state_dict')"),
-    "half a policy": (dict(teacher="half.pt"), "half.pt: teacher differs: Error(s) in loading state_dict for Model: Missing"),
-    "wrong groups": (dict(teacher_obs=("policy",)), "teacher.pt: teacher differs: "),
+    "half a policy": (dict(teacher="half.pt"), "half.pt: teacher differs (RuntimeError: Error(s) in loading state_dict for Model: Missing"),
+    "wrong groups": (dict(teacher_obs=("policy",)), "teacher.pt: teacher differs ("),
     "another task": (
         dict(env="quadruped"),
         "torch.Size([1, 12]) from checkpoint, the shape in current model is torch.Size([1, 107])",

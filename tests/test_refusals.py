@@ -172,10 +172,10 @@ def test_images_are_refused():
         (b"not a checkpoint at all", "is no whole checkpoint"),
         ("truncated", "is no whole checkpoint"),
         ({"weights": torch.zeros(3), "iter": 3}, "is no whole checkpoint (KeyError: 'actor_state_dict')"),
-        ({"actor_state_dict": {"mlp.0.weight": torch.zeros(8, 5)}, "iter": 3}, "actor differs: Error"),
+        ({"actor_state_dict": {"mlp.0.weight": torch.zeros(8, 5)}, "iter": 3}, "actor differs (RuntimeError: Error"),
         ("other layers", "size mismatch for mlp.0.weight"),
-        ("no optimizer", "optimizer differs: 'optimizer_state_dict'"),
-        ("other optimizer", "optimizer differs: loaded state dict contains a parameter group"),
+        ("no optimizer", "optimizer differs (KeyError: 'optimizer_state_dict')"),
+        ("other optimizer", "optimizer differs (ValueError: loaded state dict contains a parameter group"),
     ],
     ids=["empty", "text", "truncated", "foreign", "incomplete", "other layers", "no optimizer", "other optimizer"],
 )

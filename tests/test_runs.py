@@ -242,6 +242,36 @@ def test_resuming_continues_ones_own_run(capsys):
     assert len(taken) == 1
 
 
+MUTATED = {  # where in the checkpoint, what stands there instead, and what is said
+    "no policy": (("actor_state_dict",), None, "actor differs"),
+    "an iteration in words": (("iter",), "two", "is no whole checkpoint"),
+    "settings that are none": (("resume", "args"), [1, 2], "is no whole checkpoint"),
+    "weights cut off": (("actor_state_dict", "mlp.0.weight"), torch.zeros(3, 5), "actor differs .*size mismatch"),
+    "weights in words": (("critic_state_dict", "mlp.0.bias"), "zeros", "critic differs"),
+    "an optimizer of another kind": (("optimizer_state_dict", "param_groups"), [], "optimizer differs"),
+    "a random state that is none": (("resume", "rng"), torch.zeros(3), "its run cannot be continued"),
+    "an environment of another shape": (
+        ("resume", "env", "tensors"),
+        {"state": torch.zeros(2, 2)},
+        "its run cannot be continued",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATED)
+def test_a_checkpoint_that_was_tampered_with_is_refused_in_one_line(name):
+    path = module.train(args_of(max_iterations=2), make("cartpole", 16)).run_dir / "model_1.pt"
+    (*keys, last), value, message = MUTATED[name]
+    part = checkpoint = torch.load(path, weights_only=True)
+    for key in keys:
+        part = part[key]
+    part[last] = value
+    torch.save(checkpoint, path)
+    with pytest.raises(module.UserError, match=f"^--checkpoint .*model_1.pt: {message}") as error:
+        module.train(args_of(resume=True, checkpoint=str(path)), make("cartpole", 16))
+    assert "\n" not in str(error.value)
+
+
 def test_a_column_that_the_checkpoint_has_not(capsys):
     """As where the script was edited in between: zeros in it would be taken for what was stored."""
     path = module.train(args_of(max_iterations=2), make("cartpole", 16)).run_dir / "model_1.pt"
