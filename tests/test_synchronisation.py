@@ -154,10 +154,11 @@ print(faults[-1] - faults[-5])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator of Linux")
 def test_freed_memory_is_used_again():
-    """Four iterations of a usual run fault hardly a page; by glibc's own thresholds they fault tens of thousands."""
+    """Four iterations of a usual run fault 15 pages, by glibc's own thresholds 38,000. The limit lies between: the heap may
+    still grow by some megabytes then, as it once did by 3,400 pages."""
     command = [sys.executable, "-c", FAULTS, str(instruments.TESTS.parent)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(run.stdout.split()[-1]) < 2000, run.stdout
+    assert int(run.stdout.split()[-1]) < 8000, run.stdout
 
 
 def test_the_instruments_see_a_wait():
