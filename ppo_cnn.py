@@ -434,7 +434,7 @@ def choose_groups(obs: TensorDict, args: Args) -> Args:
     return args
 
 
-def make_actor(obs: TensorDict, num_actions: int, args: Args) -> Model:
+def make_actor(obs: TensorDict, num_actions: int, args: Args):
     distribution = (Beta if args.distribution == "beta" else Gaussian)(num_actions, args)
     return Model(obs, args.actor_obs, args.actor_hidden_dims, args, distribution).to(obs.device)
 
@@ -501,7 +501,7 @@ def act(agent: SimpleNamespace, storage: TensorDict, t: int):
 
 
 @torch.no_grad()
-def collect(env: VecEnv, agent: SimpleNamespace, storage: TensorDict, policy_step, args: Args) -> dict:
+def collect(env: VecEnv, agent: SimpleNamespace, storage: TensorDict, policy_step, args: Args):
     """Fill the storage with T steps of `policy_step`, `act` or its graph; return what there is to log."""
     rows, logs = [row.lock_() for row in storage.unbind(0)], {}
     rows[0].update_(rows[-1])  # go on where the last rollout ended
@@ -758,7 +758,8 @@ def first_line(error):
 
 
 def check_settings(args):
-    """What holds in every script."""
+    """What holds in every script, for the command line and from Python."""
+    # Counts, sizes, rates and limits: at 0 nothing would be done, or all be cut off.
     positive = r"(\w+_)?num_|max_|save_|play_|.*_dim|.*_rate$|rank_|gradient_|clip_|desired_|init_std"
     for name, kind in get_type_hints(Args).items():
         value = getattr(args, name)
@@ -826,9 +827,7 @@ def check_learned(agent):
     learned = {x for group in groups for x in group["params"]}
     for name, x in models_of(agent).named_parameters():
         if x.requires_grad and x not in learned:
-            raise UserError(
-                f"agent.{name} is in no optimizer; what is not learned needs requires_grad_(False)"
-            )
+            raise UserError(f"agent.{name} is in no optimizer; if so meant, requires_grad_(False)")
 
 
 @functools.cache
@@ -860,6 +859,7 @@ class Graphed:
     def __call__(self, *arguments):
         parts = [part for x in arguments if isinstance(x, SimpleNamespace) for part in vars(x).values()]
         objects = [*arguments, *parts]
+        # As text, since settings may hold a dict. A tensor counts as the same while it is the same object.
         key = hash(str([x if isinstance(x, (Args, int, float)) else id(x) for x in objects]))
         self.calls[key] += 1
         if self.calls[key] == 1 or self.waits:
@@ -1018,6 +1018,7 @@ def keep_run(env, storage, run_dir, args, *to_close):
 
 
 def parts_of(agent):
+    """What a checkpoint holds of the agent, in this order: whatever has a state."""
     return {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
 
 
@@ -1026,7 +1027,7 @@ def state_of(agent):
 
 
 def describe_nan(iteration, storage, run_dir):
-    """Dump the rollout, and say what was not finite first."""
+    """Dump the rollout, and name the first that was not finite: what came later may only follow from it."""
     found = [(math.inf, "all that was read is finite, and what was learned from it is not")]
     for name, x in storage.flatten_keys(" ").items():
         for step, index, *column in (~x.isfinite()).nonzero()[:1].tolist():
@@ -1148,6 +1149,7 @@ def find_checkpoint(args):
 
 def differences(path, args):
     """The first settings in which a run differs from these, of all that change what is learned."""
+    # These do not. () is a choice left to the script, which it has made in the checkpoint.
     idle = r"max_iter|device|num_envs|log|run_name|.*_interval|compile|cuda_graphs|env_defaults|rank_"
     idle += r"|resume|checkpoint|wandb|play|export|agent|viewer|terminations"
     try:
@@ -1159,6 +1161,7 @@ def differences(path, args):
 
 
 def age(file):
+    """Sorts checkpoints: by their run's start, then by iteration."""
     return file.parent.name, int("0" + re.sub(r"\D", "", file.stem))
 
 
@@ -1179,7 +1182,7 @@ def read_checkpoint(path, device):
     with blaming(path, "is no whole checkpoint"):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         checkpoint = {"iter": 0, "resume": {"args": {}, "row": {}, "env": None}} | checkpoint
-        _ = checkpoint["iter"] + 1, {**checkpoint["resume"]["args"]}  # a number and a dict
+        _ = checkpoint["iter"] + 1, {**checkpoint["resume"]["args"]}  # fails unless a number and a dict
         policy = checkpoint.get("student_state_dict") or checkpoint["actor_state_dict"]
     return checkpoint | {"actor_state_dict": policy}
 
@@ -1191,6 +1194,8 @@ def restore(part, checkpoint, name, path):
             own["lr"].fill_(float(group["lr"]))  # rsl_rl saves a float
             group.update(own, params=group["params"])  # the rest, `fused` and so on, is this device's
         part.load_state_dict(state)
+        for parameter, moments in getattr(part, "state", {}).items():  # of an optimizer, which does not look
+            [moment.expand_as(parameter) for moment in moments.values()]
 
 
 def load(agent, env, storage, args):

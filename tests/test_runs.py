@@ -249,6 +249,8 @@ MUTATED = {  # where in the checkpoint, what stands there instead, and what is s
     "weights cut off": (("actor_state_dict", "mlp.0.weight"), torch.zeros(3, 5), "actor differs .*size mismatch"),
     "weights in words": (("critic_state_dict", "mlp.0.bias"), "zeros", "critic differs"),
     "an optimizer of another kind": (("optimizer_state_dict", "param_groups"), [], "optimizer differs"),
+    "moments of another shape": (("optimizer_state_dict", "state", 2, "exp_avg"), torch.zeros(3), "optimizer differs"),
+    "moments in words": (("optimizer_state_dict", "state", 2, "exp_avg_sq"), "zeros", "optimizer differs"),
     "a random state that is none": (("resume", "rng"), torch.zeros(3), "its run cannot be continued"),
     "an environment of another shape": (
         ("resume", "env", "tensors"),

@@ -13,10 +13,10 @@ FENCE = "# ==== Below"
 
 LIMITS = {
     "code lines of the base": 865,
-    "tokens of the base": 9915,
+    "tokens of the base": 9945,
     "tokens of the base above the fence": 4840,
     "code lines of the distillation": 978,
-    "tokens of the distillation": 11_580,
+    "tokens of the distillation": 11_610,
     "tokens of the distillation above the fence": 6520,
     "tokens of a variant beyond the base's": 1100,
     "tokens of the five variants beyond the base's": 4500,
