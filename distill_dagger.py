@@ -29,6 +29,7 @@ Differs from ppo_continuous.py:
 - Args, check_args, choose_groups, make_actor, make_agent: student and teacher instead of actor and critic
 - average, gather, on_all_ranks: new, several ranks; EmpiricalNormalization and backward average over them
 - RNN, CNN: new, those of ppo_rnn.py and ppo_cnn.py; Model has both, and always a distribution
+- Gaussian, ScaledBeta: nothing learns the standard deviation, and nobody asks for log probabilities
 - Experts, read_teacher, make_teacher: new
 - make_storage, act, collect: the teacher's actions and both memories; params_of, timeout_value: left out
 - behavior_loss, gradient_step: new, instead of compute_gae, shuffle, make_batches, ppo_loss,
@@ -142,11 +143,9 @@ class Args:
     distribution: Literal["gaussian", "heteroscedastic", "beta"] = "gaussian"
     """Of the actions: Gaussian; Gaussian whose standard deviation depends on the state; Beta, bounded."""
     std_type: Literal["scalar", "log"] = "scalar"
-    """What is learned is the standard deviation, or its logarithm."""
+    """The parameter is the standard deviation, or its logarithm; neither is learned here."""
     init_std: float = 0.1
     """Standard deviation with which the student acts: it strays a little, and learns to come back."""
-    learn_std: bool = True
-    """Learn the standard deviation (`gaussian` only)."""
     action_range: tuple[float, float] = (-1.0, 1.0)
     """Range of the actions (`beta` only)."""
 
@@ -170,7 +169,7 @@ class Args:
     """Gradient norm at which the student is clipped; default: not clipped."""
 
     compile: bool = False
-    """Compile the loss with torch.compile."""
+    """Compile the loss, and the step of an environment that can be, with torch.compile."""
     cuda_graphs: bool = True
     """On CUDA: replay the rollout (of a simulator: each policy step) and the update as CUDA graphs."""
     mixed_precision: bool = False
@@ -289,7 +288,7 @@ class Gaussian(nn.Module):
             self.init_bias = torch.tensor(args.init_std + 1e-7).log().item() if self.log else args.init_std
         else:
             name, value = ("log_std_param", std.log()) if self.log else ("std_param", std)
-            self.register_parameter(name, nn.Parameter(value, requires_grad=args.learn_std))
+            self.register_parameter(name, nn.Parameter(value))  # rsl_rl: no loss moves it
 
     def forward(self, output: Tensor) -> Normal:
         if self.heteroscedastic:
@@ -314,10 +313,6 @@ class ScaledBeta(torch.distributions.Beta):
     def rsample(self):
         return super().rsample() * self.scale + self.low
 
-    def log_prob(self, actions):
-        x = ((actions - self.low) / self.scale).clamp(1e-6, 1.0 - 1e-6)  # at 0 and 1 it would be infinite
-        return super().log_prob(x) - math.log(self.scale)
-
     @property
     def mean(self):
         return super().mean * self.scale + self.low
@@ -325,8 +320,6 @@ class ScaledBeta(torch.distributions.Beta):
     @property
     def stddev(self):
         return super().stddev * self.scale
-
-    # rsl_rl: the entropy is that of x; that of the actions is larger by log(scale), a constant.
 
 
 class Beta(nn.Module):
@@ -909,14 +902,15 @@ def graphed(args, env, collect, act, update):
 
 
 class Graphed:
-    """fn; from its third call with the same arguments on, all its kernels in one launch.
+    """fn; from its fourth call with the same arguments on, all its kernels in one launch.
 
     A graph knows memory and numbers as they were at its recording: write in place, and keep what changes in
     tensors. Other objects, settings or numbers are other arguments. The next call overwrites the result.
     """
 
     def __init__(self, fn, pool):
-        self.fn, self.pool, self.calls, self.graphs, self.waits = fn, pool, Counter(), {}, []
+        self.fn, self.pool, self.calls, self.graphs, self.faults = fn, pool, Counter(), {}, []
+        self.numbers = {}
 
     def __call__(self, *arguments):
         parts = [part for x in arguments if isinstance(x, SimpleNamespace) for part in vars(x).values()]
@@ -924,24 +918,27 @@ class Graphed:
         # As text, since settings may hold a dict. A tensor counts as the same while it is the same object.
         key = hash(str([x if isinstance(x, (Args, int, float)) else id(x) for x in objects]))
         self.calls[key] += 1
-        if self.calls[key] == 1 or self.waits:
+        if self.calls[key] == 1 or self.faults:
             return self.fn(*arguments)
-        if self.calls[key] == 2:
-            return self.rehearse(*arguments)
-        if self.calls[key] == 3:
+        if self.calls[key] < 4:
+            return self.rehearse(key, *arguments)
+        if self.calls[key] == 4:
             self.graphs[key] = *self.record(*arguments), objects  # while they live, no other has their id
         graph, result, _ = self.graphs[key]
         graph.replay()
         return result
 
-    def rehearse(self, *arguments):
-        """Look for what waits for the device: after a recording that failed torch could not go on."""
+    def rehearse(self, key, *arguments):
+        """Twice: look for what a graph would freeze, and for what waits for the device: after a recording
+        that failed torch could not go on."""
 
         def note(message, *_):
-            if "called a synchronizing" in str(message):
-                self.waits.append(place(traceback.extract_stack()[:-2]))  # without `warnings` and this line
+            if "called a synchronizing" in str(message):  # without `warnings` and this line
+                self.faults.append(f"{place(traceback.extract_stack()[:-2])} waits for the device")
 
-        with warnings.catch_warnings():
+        numbers = Numbers(self.numbers.get(key, ()))
+        # What is compiled runs as it is written: torch would take `numbers` for a reason to give up on it.
+        with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), numbers:
             warnings.simplefilter("always")
             warnings.showwarning = note
             torch.cuda.set_sync_debug_mode("warn")
@@ -949,8 +946,10 @@ class Graphed:
                 return self.fn(*arguments)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-                if self.waits:
-                    print(f"{self.fn.__name__} is no CUDA graph: {self.waits[0]} waits for the device")
+                self.numbers[key] = numbers.seen
+                self.faults += numbers.changed
+                if self.faults:
+                    print(f"{self.fn.__name__} is no CUDA graph: {self.faults[0]}")
 
     def record(self, *arguments):
         graph = torch.cuda.CUDAGraph()
@@ -965,10 +964,32 @@ class Graphed:
             raise UserError(f"--cuda-graphs: stopped by {where}; use --no-cuda-graphs") from cause
 
 
+class Numbers(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the numbers that each kernel is called with, and where one is not as `before`."""
+
+    host = "cpu"
+
+    def __init__(self, before):
+        super().__init__()
+        self.before, self.seen, self.changed = iter(before), [], []
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        values = [*args, *kwargs.values()]
+        scalars = [
+            x.item() for x in values if isinstance(x, Tensor) and x.device.type == self.host and not x.dim()
+        ]
+        self.seen.append(str([x for x in values if isinstance(x, (int, float))] + scalars))
+        if next(self.before, self.seen[-1]) != self.seen[-1] and not self.changed:
+            line = place(traceback.extract_stack())
+            self.changed.append(f"{line} has another number in each call; keep it in a tensor on the device")
+        return kernel(*args, **kwargs)
+
+
 def place(frames):
     """The innermost line that is not in a package."""
-    line = [frame for frame in frames if "site-packages" not in frame.filename][-1]
-    return f"{line.filename}:{line.lineno}"
+    own = [x for x in frames if "site-packages" not in x.filename and x.name != "__torch_dispatch__"]
+    return f"{own[-1].filename}:{own[-1].lineno}"
 
 
 def all_finite(agent, storage, metrics):
@@ -1005,7 +1026,7 @@ def seconds_between(start, end):
 
 def make_env(args, **options):
     """Your `package.module:factory`, called with what it has parameters for; else one of envs/."""
-    settings = dict(num_envs=args.num_envs, device=args.device, seed=args.seed) | options
+    settings = {name: getattr(args, name) for name in ("num_envs", "device", "seed", "compile")} | options
     module, _, name = args.env.partition(":")
     if name and module not in ("mjlab", "gym", "envpool", "playground", "genesis", "isaaclab"):
         factory = find(args, "env")

@@ -152,7 +152,7 @@ class Args:
     """Gradient norm at which actor and critic are clipped, each on its own."""
 
     compile: bool = False
-    """Compile the loss with torch.compile."""
+    """Compile the loss, and the step of an environment that can be, with torch.compile."""
     cuda_graphs: bool = True
     """On CUDA: replay the rollout (of a simulator: each policy step) and the update as CUDA graphs."""
     mixed_precision: bool = False
@@ -786,14 +786,15 @@ def graphed(args, env, collect, act, update):
 
 
 class Graphed:
-    """fn; from its third call with the same arguments on, all its kernels in one launch.
+    """fn; from its fourth call with the same arguments on, all its kernels in one launch.
 
     A graph knows memory and numbers as they were at its recording: write in place, and keep what changes in
     tensors. Other objects, settings or numbers are other arguments. The next call overwrites the result.
     """
 
     def __init__(self, fn, pool):
-        self.fn, self.pool, self.calls, self.graphs, self.waits = fn, pool, Counter(), {}, []
+        self.fn, self.pool, self.calls, self.graphs, self.faults = fn, pool, Counter(), {}, []
+        self.numbers = {}
 
     def __call__(self, *arguments):
         parts = [part for x in arguments if isinstance(x, SimpleNamespace) for part in vars(x).values()]
@@ -801,24 +802,27 @@ class Graphed:
         # As text, since settings may hold a dict. A tensor counts as the same while it is the same object.
         key = hash(str([x if isinstance(x, (Args, int, float)) else id(x) for x in objects]))
         self.calls[key] += 1
-        if self.calls[key] == 1 or self.waits:
+        if self.calls[key] == 1 or self.faults:
             return self.fn(*arguments)
-        if self.calls[key] == 2:
-            return self.rehearse(*arguments)
-        if self.calls[key] == 3:
+        if self.calls[key] < 4:
+            return self.rehearse(key, *arguments)
+        if self.calls[key] == 4:
             self.graphs[key] = *self.record(*arguments), objects  # while they live, no other has their id
         graph, result, _ = self.graphs[key]
         graph.replay()
         return result
 
-    def rehearse(self, *arguments):
-        """Look for what waits for the device: after a recording that failed torch could not go on."""
+    def rehearse(self, key, *arguments):
+        """Twice: look for what a graph would freeze, and for what waits for the device: after a recording
+        that failed torch could not go on."""
 
         def note(message, *_):
-            if "called a synchronizing" in str(message):
-                self.waits.append(place(traceback.extract_stack()[:-2]))  # without `warnings` and this line
+            if "called a synchronizing" in str(message):  # without `warnings` and this line
+                self.faults.append(f"{place(traceback.extract_stack()[:-2])} waits for the device")
 
-        with warnings.catch_warnings():
+        numbers = Numbers(self.numbers.get(key, ()))
+        # What is compiled runs as it is written: torch would take `numbers` for a reason to give up on it.
+        with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), numbers:
             warnings.simplefilter("always")
             warnings.showwarning = note
             torch.cuda.set_sync_debug_mode("warn")
@@ -826,8 +830,10 @@ class Graphed:
                 return self.fn(*arguments)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-                if self.waits:
-                    print(f"{self.fn.__name__} is no CUDA graph: {self.waits[0]} waits for the device")
+                self.numbers[key] = numbers.seen
+                self.faults += numbers.changed
+                if self.faults:
+                    print(f"{self.fn.__name__} is no CUDA graph: {self.faults[0]}")
 
     def record(self, *arguments):
         graph = torch.cuda.CUDAGraph()
@@ -842,10 +848,32 @@ class Graphed:
             raise UserError(f"--cuda-graphs: stopped by {where}; use --no-cuda-graphs") from cause
 
 
+class Numbers(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the numbers that each kernel is called with, and where one is not as `before`."""
+
+    host = "cpu"
+
+    def __init__(self, before):
+        super().__init__()
+        self.before, self.seen, self.changed = iter(before), [], []
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        values = [*args, *kwargs.values()]
+        scalars = [
+            x.item() for x in values if isinstance(x, Tensor) and x.device.type == self.host and not x.dim()
+        ]
+        self.seen.append(str([x for x in values if isinstance(x, (int, float))] + scalars))
+        if next(self.before, self.seen[-1]) != self.seen[-1] and not self.changed:
+            line = place(traceback.extract_stack())
+            self.changed.append(f"{line} has another number in each call; keep it in a tensor on the device")
+        return kernel(*args, **kwargs)
+
+
 def place(frames):
     """The innermost line that is not in a package."""
-    line = [frame for frame in frames if "site-packages" not in frame.filename][-1]
-    return f"{line.filename}:{line.lineno}"
+    own = [x for x in frames if "site-packages" not in x.filename and x.name != "__torch_dispatch__"]
+    return f"{own[-1].filename}:{own[-1].lineno}"
 
 
 def all_finite(agent, storage, metrics):
@@ -882,7 +910,7 @@ def seconds_between(start, end):
 
 def make_env(args, **options):
     """Your `package.module:factory`, called with what it has parameters for; else one of envs/."""
-    settings = dict(num_envs=args.num_envs, device=args.device, seed=args.seed) | options
+    settings = {name: getattr(args, name) for name in ("num_envs", "device", "seed", "compile")} | options
     module, _, name = args.env.partition(":")
     if name and module not in ("mjlab", "gym", "envpool", "playground", "genesis", "isaaclab"):
         factory = find(args, "env")

@@ -26,15 +26,16 @@ SIMULATORS = {  # prefix: module (and extra of pyproject.toml), for ids of the f
 }
 
 
-def make(env_id: str, num_envs: int, device: str = "cpu", seed: int = 0, **options):
+def make(env_id: str, num_envs: int, device: str = "cpu", seed: int = 0, compile: bool = False, **options):
     """Build an environment with the protocol of `vec_env.VecEnv`.
 
     Args:
         env_id: a built-in task, `simulator:task`, or `package.module:factory` for a function of your own, which is
-            called with those of `num_envs`, `device`, `seed` and the options that it has parameters for.
+            called with those of `num_envs`, `device`, `seed`, `compile` and the options that it has parameters for.
         num_envs: number of environments.
         device: torch device.
         seed: seed of the environment.
+        compile: the step may be compiled, where the task can (of the built-in ones: the quadruped).
         **options: passed on, e.g. `play=True`.
 
     Raises:
@@ -45,12 +46,14 @@ def make(env_id: str, num_envs: int, device: str = "cpu", seed: int = 0, **optio
     if env_id in BUILT_IN:
         module, cls, preset = BUILT_IN[env_id]
         factory = getattr(importlib.import_module(f".{module}", __name__), cls)
+        if "compile" in inspect.signature(factory).parameters:
+            options["compile"] = compile
         return factory(num_envs=num_envs, device=device, seed=seed, **preset, **options)
     if name and prefix in SIMULATORS:
         return _simulator(prefix).make(name, num_envs=num_envs, device=device, seed=seed, **options)
     if name:
         factory = getattr(importlib.import_module(prefix), name)
-        settings = dict(num_envs=num_envs, device=device, seed=seed) | options
+        settings = dict(num_envs=num_envs, device=device, seed=seed, compile=compile) | options
         return factory(**{key: value for key, value in settings.items() if key in inspect.signature(factory).parameters})
     known = ", ".join([*BUILT_IN, *(f"{prefix}:<task>" for prefix in SIMULATORS), "package.module:factory"])
     raise ValueError(f"--env {env_id}: there is no such environment; there are {known}")

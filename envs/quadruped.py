@@ -163,16 +163,17 @@ class Quadruped(TorchEnv):
         terrain: "flat", or "rough": slopes, waves and stairs, harder as the robot gets better (`terrain_level` 0 to 9).
         play: no sensor noise, no pushes, and no curriculum: the terrain levels are spread evenly and stay.
         terminations: False: a fall does not end the episode.
+        compile: compile the step; half a minute at the first one, and a fifth of the kernels on a GPU.
     """
 
     capturable = True
 
-    def __init__(self, num_envs, device="cpu", seed=0, terrain="flat", play=False, terminations=True):
+    def __init__(self, num_envs, device="cpu", seed=0, terrain="flat", play=False, terminations=True, compile=False):
         if terrain not in ("flat", "rough"):
             raise ValueError(f'terrain is "{terrain}"; there are "flat" and "rough"')
         cfg = dict(terrain=terrain, play=play, rewards=REWARDS)
         super().__init__(num_envs, 12, 20.0, SUBSTEPS * SUBSTEP_DT, device, seed, terminations, cfg)
-        self.rough, self.play = terrain == "rough", play
+        self.rough, self.play, self.compile = terrain == "rough", play, compile
         # State: (N, ...) views of memory that is laid out (..., N)
         self.pos, self.quat = self._zeros(3), self._zeros(4)  # m, -
         self.lin_vel, self.ang_vel = self._zeros(3), self._zeros(3)  # m/s, rad/s

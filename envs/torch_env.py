@@ -21,6 +21,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at the heap's end stays
 
 
+@functools.cache
+def compiled(fn):
+    # Hundreds of small kernels: those that do not need each other's results become one.
+    return torch.compile(fn, dynamic=False, options={"combo_kernels": True})
+
+
 class TorchEnv:
     """Base of the built-in tasks: the protocol of `vec_env.py` around three methods that a task fills in.
 
@@ -39,6 +45,8 @@ class TorchEnv:
         terminations: False: nothing but the time limit ends an episode (for `--play --no-terminations`).
         cfg: what to write to the run folder.
     """
+
+    compile = False  # the three methods, with torch.compile
 
     def __init__(self, num_envs, num_actions, episode_length_s, step_dt, device="cpu", seed=0, terminations=True, cfg=None):
         if num_envs < 1:
@@ -86,16 +94,18 @@ class TorchEnv:
     def step(self, actions: torch.Tensor) -> tuple[TensorDict, torch.Tensor, torch.Tensor, dict]:
         # Inference mode makes small operations a third cheaper. What is made in it cannot be changed outside of it, so only
         # tasks that keep their state in place run in it, and what is returned is copied outside.
-        with torch.inference_mode(vars(type(self)).get("capturable", False)):
+        task = type(self)
+        advance, reset, observe = (compiled(fn) if self.compile else fn for fn in (task._advance, task._reset, task._observe))
+        with torch.inference_mode(vars(task).get("capturable", False)):
             self._episode_length += 1
-            rewards, terminated, log = self._advance(actions.to(self.dtype))
+            rewards, terminated, log = advance(self, actions.to(self.dtype))
             terminated = terminated & self.terminations
             time_outs = (self._episode_length >= self.max_episode_length) & ~terminated
             dones = terminated | time_outs
-            final_obs = self._observe()
-            self._reset(dones)
+            final_obs = observe(self)
+            reset(self, dones)
             self._episode_length.masked_fill_(dones, 0)
-            self._obs.update_(self._observe())
+            self._obs.update_(observe(self))
         extras = {"time_outs": time_outs.clone(), "final_obs": final_obs.clone(), "log": {k: x.clone() for k, x in log.items()}}
         return self._obs.clone(), rewards.clone(), dones.clone(), extras
 

@@ -106,7 +106,8 @@ def test_compiled_iteration(script, monkeypatch):
     args = script_module.Args(**settings)
 
     def weights_at(iteration, run_name, **changes):
-        script_module.train(dataclasses.replace(args, run_name=run_name, **changes))
+        env = make(args.env, args.num_envs, seed=args.seed)  # itself it stays as it is
+        script_module.train(dataclasses.replace(args, run_name=run_name, **changes), env)
         saved = torch.load(next(pathlib.Path().glob(f"logs/*/*_{run_name}/model_{iteration}.pt")), weights_only=True)
         networks = [saved[f"{name}_state_dict"] for name in ("actor", "critic", "student") if f"{name}_state_dict" in saved]
         return torch.cat([x.flatten() for net in networks for key, x in net.items() if "normalizer" not in key])

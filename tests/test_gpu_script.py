@@ -30,7 +30,7 @@ def test_every_part_gives_its_numbers(tmp_path):
     assert run.returncode == 0 and not [x for x in found if "failed" in x], run.stdout + run.stderr
     named = {x["name"]: x for x in found}
     assert named["facts"]["torch"] == torch.__version__
-    assert [x["ok"] for x in found if x["part"] == "equal"] == [True] * 3 and named["eager again"]["differs"] == ["0.0e+00"] * 5
+    assert [x["ok"] for x in found if x["part"] == "equal"] == [True] * 3 and named["eager again"]["differs"] == ["0.0e+00"] * 6
     for race in ("quadruped 16 8 fp32", "still 16 8 fp32"):
         assert named[race]["learner"] > 0 and named[race]["rsl_rl_learning"] > 0 and named[race]["ours_learning"] > 0
     assert named["ours eager"]["iteration_ms"] > 0

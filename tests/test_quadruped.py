@@ -1,6 +1,8 @@
 """The quadruped against what must be true of it: mechanics, symmetry, and the rules of a vectorised environment."""
 
+import copy
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -366,6 +368,26 @@ def test_step_never_waits_for_the_device(name, dtype):
     assert count.found == []
     assert rewards.dtype == dtype and all(group.dtype == dtype for group in obs.values())
     assert memory == {key: value.data_ptr() for key, value in vars(env).items() if torch.is_tensor(value)}  # in place
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_it_walks_alike():
+    """Rounding apart, through resets; the state stays where it is, and a copy has a state of its own."""
+    env, compiled = make("quadruped", 8, seed=3), make("quadruped", 8, seed=3, compile=True)
+    for walker in (env, compiled):
+        walker.episode_length_buf = torch.arange(990, 998)
+    memory = compiled.pos.data_ptr()
+    for _ in range(12):
+        actions = 0.3 * torch.randn(8, 12)
+        expected, ours = env.step(actions), compiled.step(actions)
+        for group, value in expected[0].items():
+            torch.testing.assert_close(ours[0][group], value, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(ours[1], expected[1], rtol=1e-7, atol=1e-7)
+        assert torch.equal(ours[2], expected[2])
+    assert compiled.pos.data_ptr() == memory and not torch.equal(compiled.pos, env.pos)
+    before = compiled.pos.clone()
+    copy.deepcopy(compiled).step(actions)
+    assert torch.equal(compiled.pos, before)
 
 
 @pytest.mark.parametrize("name", TERRAINS)
