@@ -710,6 +710,8 @@ def check_settings(args):
                 raise wrong(args, name, f"a checkpoint cannot hold a {type(x).__name__}")
             if isinstance(x, (int, float)) and not low < x < math.inf:
                 raise wrong(args, name, "must be finite" if low else "must be greater than 0, and finite")
+            if re.search("loss_coef|_weight$", name) and x < 0:
+                raise wrong(args, name, "must not be negative")
 
 
 def check_groups(obs, args, kinds):
@@ -968,9 +970,16 @@ def note_log(logs, extras, like):
 def keep_run(env, storage, run_dir, args, *to_close):
     """Ctrl-C and SIGTERM end the training after its iteration (`stop`); an error saves what is `done`."""
     run, handlers = SimpleNamespace(stop=[], done=-1, state={}), {}
+
+    def stop(number, _):
+        if run.stop:
+            raise KeyboardInterrupt
+        run.stop.append(number)
+        print("finishing this iteration, then saving; once more to stop now", file=sys.stderr)
+
     with contextlib.suppress(ValueError):  # in another thread than the main one signals are not ours
         for number in (signal.SIGTERM, signal.SIGINT):
-            handlers[number] = signal.signal(number, lambda number, _: run.stop.append(number))
+            handlers[number] = signal.signal(number, stop)
     try:
         yield run
     except BaseException:
@@ -995,15 +1004,19 @@ def state_of(agent):
 
 def describe_nan(iteration, storage, run_dir):
     """Dump the rollout, and name the first that was not finite: what came later may only follow from it."""
-    found = [(math.inf, "all that was read is finite, and what was learned from it is not")]
-    for name, x in storage.flatten_keys(" ").items():
+    columns = [(name, x) for name, x in storage.flatten_keys(" ").items() if x.numel()]
+    size, name = max((x.double().abs().max().item(), name) for name, x in columns)
+    found = [
+        (math.inf, f"all that was read is finite, but not what came of it; largest: {size:.3g} in {name}")
+    ]
+    for name, x in columns:
         for step, index, *column in (~x.isfinite()).nonzero()[:1].tolist():
             value = x[(step, index, *column)]
             found.append((step, f"{name} of environment {index}, column {column}, is {value} at step {step}"))
     message = f"iteration {iteration}: {min(found, key=lambda x: x[0])[1]}"
     if run_dir:
         path = run_dir / f"nan_{iteration}.pt"
-        torch.save(storage.to_dict(), path)
+        attempt(torch.save, storage.to_dict(), path)
         message += f"; the rollout is in {path}"
     return message
 
@@ -1020,13 +1033,16 @@ def log_iteration(metrics, times, samples, iteration, args, writer):
         kind, name = tag.split("/", 1)
         lines[kind] = lines.get(kind, f"  {kind:8s}") + f" {name} {value:.4g} "
         if writer and not math.isnan(value):  # no episode ended
-            writer.add_scalar(tag, value, iteration)
+            attempt(writer.add_scalar, tag, value, iteration)
     print(*lines.values(), sep="\n", flush=True)
     return metrics
 
 
+SCRIPT = Path(globals().get("__file__", "notebook"))  # where there is none
+
+
 def experiment_dir(args):
-    name = f"{Path(__file__).stem}_{re.sub(r'[^A-Za-z0-9-]+', '_', args.env)}"
+    name = f"{SCRIPT.stem}_{re.sub(r'[^A-Za-z0-9-]+', '_', args.env)}"
     return Path(args.log_root or "logs").absolute() / (args.experiment_name or name)
 
 
@@ -1035,14 +1051,21 @@ def make_run_dir(args, env):
     if not args.log_root:
         return None
     stamp = datetime.now(timezone.utc).strftime("%Y-%m-%d_%H-%M-%S-%f")
-    run_dir = experiment_dir(args) / re.sub(r"[^\w.-]+", "_", f"{stamp}_{args.run_name}").strip("_")
-    run_dir.mkdir(parents=True)
+    run_dir = experiment_dir(args) / re.sub(r"[^\w.-]+", "_", f"{stamp}_{args.run_name}")[:200].strip("_")
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError:  # of another run that started in the same microsecond
+        return make_run_dir(args, env)
     for name, value in (("args", asdict(args)), ("env", getattr(env, "cfg", None))):
         (run_dir / f"{name}.txt").write_text(pprint.pformat(value, sort_dicts=False))
-    shutil.copy(__file__, run_dir)
-    command = "git rev-parse HEAD && git diff HEAD"
-    git = subprocess.run(command, shell=True, capture_output=True, cwd=Path(__file__).parent)
-    (run_dir / "git.diff").write_bytes(git.stdout)
+    if SCRIPT.is_file():
+        shutil.copy(SCRIPT, run_dir)
+    # Nothing that a repository's configuration names is run.
+    git = "git --no-optional-locks -c core.fsmonitor=false"
+    command = f"{git} rev-parse HEAD && {git} diff --no-ext-diff --no-textconv --ignore-submodules HEAD"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        git = subprocess.run(command, shell=True, capture_output=True, cwd=SCRIPT.parent, timeout=10)
+        (run_dir / "git.diff").write_bytes(git.stdout)
     return run_dir
 
 
@@ -1055,8 +1078,11 @@ def make_writer(args, run_dir):
     if args.logger == "wandb":
         import wandb
 
-        settings = dict(name=run_dir.name, dir=run_dir, config=asdict(args), sync_tensorboard=True)
-        wandb.init(project=run_dir.parent.name, reinit="finish_previous", **settings)
+        # Not in the run's folder: there W&B would find its own copy of TensorBoard's file, and log it too.
+        settings = dict(name=run_dir.name, dir=run_dir.parent, config=asdict(args), sync_tensorboard=True)
+        if args.resume:  # goes on as the same run
+            settings["id"] = read_checkpoint(find_checkpoint(args))["resume"].get("wandb")
+        wandb.init(project=run_dir.parent.name, reinit="finish_previous", resume="allow", **settings)
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(log_dir=str(run_dir), flush_secs=10)
@@ -1065,7 +1091,7 @@ def make_writer(args, run_dir):
 def close(*things):
     for thing in things:
         if hasattr(thing, "close"):
-            thing.close()
+            attempt(thing.close)
 
 
 def save(path, state, env, storage, iteration, args, whole=True):
@@ -1078,11 +1104,18 @@ def save(path, state, env, storage, iteration, args, whole=True):
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if storage.is_cuda else None,
         "env": env.state_dict() if whole and hasattr(env, "state_dict") else None,
+        "started": path.parent.name,
+        "wandb": sys.modules["wandb"].run.id if args.logger == "wandb" else None,
     }
     partial = path.with_suffix(".partial")
-    torch.save(state | {"iter": iteration, "infos": None, "resume": resume}, partial)
-    os.replace(partial, path)
-    upload(path, args)
+    try:
+        torch.save(state | {"iter": iteration, "infos": None, "resume": resume}, partial)
+        os.replace(partial, path)
+        attempt(upload, path, args)
+    except (OSError, RuntimeError) as error:  # a full disk costs this checkpoint, not the run
+        print(f"not saved: {path} ({first_line(error)})")
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def upload(path, args):
@@ -1095,14 +1128,17 @@ def upload(path, args):
 def find_checkpoint(args):
     """What --checkpoint, a path or a glob, names, maybe of --wandb-run-path; else the experiment's newest."""
     folder, pattern = experiment_dir(args), args.checkpoint or "model_*.pt"
+    paths = glob.glob(args.checkpoint) or folder.glob(f"*/{pattern}")
     if args.wandb_run_path:
         import wandb
 
         run = wandb.Api().run(args.wandb_run_path)
-        files = {age(Path(file.name)): file for file in run.files() if Path(file.name).match(pattern)}
-        return Path(files[max(files)].download(root=str(folder / "wandb" / run.id), replace=True).name)
-    paths = glob.glob(args.checkpoint) or folder.glob(f"*/{pattern}")
-    files = sorted((path for path in map(Path, paths) if path.is_file()), key=age, reverse=True)
+        files = [file for file in run.files() if Path(file.name).match(pattern) and "/" not in file.name]
+        folder = folder / "wandb" / re.sub(r"\W", "_", run.id)
+        last = sorted(files, key=lambda file: int("0" + re.sub(r"\D", "", file.name)))[-1:]
+        paths = [file.download(root=str(folder), replace=True).name for file in last]
+    files = [path for path in map(Path, paths) if path.is_file()]
+    files = files if len(files) == 1 else sorted(files, key=age, reverse=True)
     if not files:
         raise wrong(args, "checkpoint", f"no such file, neither here nor in a run of {folder}")
     if args.resume and not args.checkpoint:  # one's own run: seeds may share a folder
@@ -1114,22 +1150,27 @@ def find_checkpoint(args):
     return files[0]
 
 
+def age(path):
+    """Sorts checkpoints, by their run's start and iteration as they say: folders are copied and renamed."""
+    try:
+        checkpoint = read_checkpoint(path)
+    except UserError as error:
+        say(f"passed over: {error}")
+        return "", -1
+    return checkpoint["resume"].get("started", path.parent.name), checkpoint["iter"]
+
+
 def differences(path, args):
     """The first settings in which a run differs from these, of all that change what is learned."""
     # These do not. () is a choice left to the script, which it has made in the checkpoint.
     idle = r"max_iter|device|num_envs|log|run_name|.*_interval|compile|cuda_graphs|env_defaults|rank_"
     idle += r"|resume|checkpoint|wandb|play|export|agent|viewer|terminations"
     try:
-        there, here = read_checkpoint(path, "cpu")["resume"]["args"], vars(args)
+        there, here = read_checkpoint(path)["resume"]["args"], vars(args)
     except UserError as error:
         return str(error)
     names = [x for x in {**here, **there} if not re.match(idle, x) and here.get(x) not in (there.get(x), ())]
     return ", ".join(f"{x} {there.get(x)} (here {here.get(x)})" for x in names[:3])
-
-
-def age(file):
-    """Sorts checkpoints: by their run's start, then by iteration."""
-    return file.parent.name, int("0" + re.sub(r"\D", "", file.stem))
 
 
 @contextlib.contextmanager
@@ -1144,10 +1185,14 @@ def blaming(path, fault):
         raise UserError(f"--checkpoint {path}: {fault} ({shown})") from error
 
 
-def read_checkpoint(path, device):
-    """A checkpoint, ours or rsl_rl's, with the policy as `actor`. Weights only: others' could run code."""
+def read_checkpoint(path, device=None):
+    """A checkpoint, ours or rsl_rl's, with the policy as `actor`. Weights only: others' could run code.
+
+    Without a device to have it on, its tensors stay in the file.
+    """
     with blaming(path, "is no whole checkpoint"):
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        where = dict(map_location=device or "cpu", mmap=not device)
+        checkpoint = torch.load(path, weights_only=True, **where)
         checkpoint = {"iter": 0, "resume": {"args": {}, "row": {}, "env": None}} | checkpoint
         _ = checkpoint["iter"] + 1, {**checkpoint["resume"]["args"]}  # fails unless a number and a dict
         policy = checkpoint.get("student_state_dict") or checkpoint["actor_state_dict"]
@@ -1184,6 +1229,8 @@ def load(agent, env, storage, args):
     if start >= args.max_iterations:
         raise wrong(args, "max_iterations", f"{path} has finished {start} already")
     print(f"resuming {path} after its {start} iterations")
+    if resume["args"] and (there := differences(path, args)):
+        print(f"that run has {there}")
     for name, part in parts_of(agent).items():
         restore(part, checkpoint, name, path)
     with blaming(path, "its run cannot be continued"):
@@ -1319,7 +1366,10 @@ def attempt(fn, *arguments):
     try:
         fn(*arguments)
     except Exception as error:
-        print(f"no {fn.__name__}: {first_line(error)}")
+        say(f"no {fn.__name__}: {first_line(error)}")
+
+
+say = functools.cache(print)  # once
 
 
 def main():
@@ -1339,6 +1389,8 @@ def main():
             train(args)
     except (UserError, FloatingPointError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def make(
         raise ValueError(f"envpool:{name}: EnvPool has no such environment; envpool.list_all_envs() names them")
     if play:
         options.setdefault("render_mode", "rgb_array")
-    vec = envpool.make(name, env_type="gymnasium", num_envs=num_envs, seed=seed, **options)
+    # Environment i takes first + i, so that neighbouring seeds must lie far apart.
+    first = int(np.random.SeedSequence(seed).generate_state(1)[0] // 2)
+    vec = envpool.make(name, env_type="gymnasium", num_envs=num_envs, seed=first, **options)
     obs, _ = vec.reset()
     cfg = {k: v for k, v in vec.config.items() if isinstance(v, (str, int, float, bool))}
     limit = vec.config["max_episode_steps"]

@@ -116,7 +116,8 @@ def make(
         vec = gymnasium.make_vec(name, num_envs, vectorization_mode="sync", vector_kwargs=vector, **options)
     except gymnasium.error.Error as error:
         raise ValueError(f"gym:{name}: {error}") from None
-    obs, _ = vec.reset(seed=seed)
+    # seed + i would give the seeds 1 and 2 all their environments but one in common.
+    obs, _ = vec.reset(seed=np.random.SeedSequence(seed).generate_state(num_envs).tolist())
     cfg = dict(id=name, num_envs=num_envs, seed=seed, **options)
     limit = options.get("max_episode_steps") or vec.spec.max_episode_steps or 1000
     return GymnasiumEnv(vec, obs, vec.single_observation_space, vec.single_action_space, limit, device, cfg)

@@ -259,7 +259,8 @@ def test_newest_run_of_a_folder():
     files += [older / "rank_1/model_900.pt", older / "wandb/offline-run-1/files/model_900.pt"]
     for number, path in enumerate(files):
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"actor_state_dict": {"number": torch.tensor(number)}}, path)
+        iteration = int(path.stem.removeprefix("model_"))
+        torch.save({"actor_state_dict": {"number": torch.tensor(number)}, "iter": iteration}, path)
     newest.mkdir()
     (newest / "args.txt").touch()  # of a run that has just begun
     for folder, number in (("logs/teacher", 2), (newer, 2), (files[1], 1)):

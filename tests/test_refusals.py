@@ -36,6 +36,7 @@ REFUSED = [
     (dict(learning_rate=math.nan), "--learning-rate nan: must be greater than 0, and finite"),
     (dict(clip_actions=math.inf), "--clip-actions inf: must be greater than 0, and finite"),
     (dict(entropy_coef=-math.inf), "--entropy-coef -inf: must be finite"),
+    (dict(value_loss_coef=-1.0), "--value-loss-coef -1.0: must not be negative"),
     (dict(action_range=(-1.0, math.nan)), "--action-range (-1.0, nan): must be finite"),
     (dict(gamma=1.5), "--gamma 1.5: must lie between 0 and 1"),
     (dict(lam=-0.1), "--lam -0.1: must lie between 0 and 1"),

@@ -13,6 +13,7 @@ import time
 import types
 import urllib.request
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -118,7 +119,10 @@ def test_gymnasium_steps_like_a_plain_environment(limit):
     num_envs, seed = 3, 5
     env = envs.make("gym:Hopper-v5", num_envs=num_envs, seed=seed, max_episode_steps=limit)
     plain = [gymnasium.make("Hopper-v5", max_episode_steps=limit) for _ in range(num_envs)]
-    first = [single.reset(seed=seed + i)[0] for i, single in enumerate(plain)]
+    seeds = np.random.SeedSequence(seed).generate_state(num_envs).tolist()
+    first = [single.reset(seed=seeds[i])[0] for i, single in enumerate(plain)]
+    neighbours = envs.make("gym:Hopper-v5", num_envs=num_envs, seed=seed + 1).get_observations()["policy"]
+    assert not any(torch.equal(ours, other) for ours in env.get_observations()["policy"] for other in neighbours)
     assert torch.equal(env.get_observations()["policy"], float32(first))
     generator, ended = torch.Generator().manual_seed(0), {"terminated": 0, "truncated": 0}
     for _ in range(150):
@@ -136,7 +140,6 @@ def test_gymnasium_steps_like_a_plain_environment(limit):
 
 
 def float32(values):
-    import numpy as np
 
     return torch.tensor(np.asarray(values), dtype=torch.float32)
 
@@ -152,7 +155,6 @@ def test_gymnasium_maps_actions_to_the_bounds():
 def test_gymnasium_spaces():
     """Dict spaces become groups, images (C, H, W), unbounded actions pass; what has no obvious mapping is refused."""
     import gymnasium
-    import numpy as np
     from gymnasium.spaces import Box, Dict, Discrete
 
     class Custom(gymnasium.Env):
@@ -206,12 +208,12 @@ def test_envpool_conforms(env_id):
 def test_envpool_steps_like_a_plain_environment(limit):
     """The same as single EnvPool environments, which reset one step later, with an action that is ignored."""
     import envpool
-    import numpy as np
 
     num_envs, seed = 3, 5
     env = envs.make("envpool:Hopper-v4", num_envs=num_envs, seed=seed, max_episode_steps=limit)
     settings = dict(env_type="gymnasium", num_envs=1, max_episode_steps=limit)
-    plain = [envpool.make("Hopper-v4", seed=seed + i, **settings) for i in range(num_envs)]
+    start = int(np.random.SeedSequence(seed).generate_state(1)[0] // 2)
+    plain = [envpool.make("Hopper-v4", seed=start + i, **settings) for i in range(num_envs)]
     first = [single.reset()[0][0] for single in plain]
     assert torch.equal(env.get_observations()["policy"], float32(first))
     generator, ended = torch.Generator().manual_seed(0), {"terminated": 0, "truncated": 0}
