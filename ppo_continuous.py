@@ -453,7 +453,7 @@ def collect(env: VecEnv, agent: SimpleNamespace, storage: TensorDict, policy_ste
         if args.clip_actions is not None:
             # The stored action is not clamped, and log_prob is its own: clamping belongs to the environment.
             actions.clamp_(-args.clip_actions, args.clip_actions)
-        obs, rewards, dones, extras = env.step(actions.to(env.device))
+        obs, rewards, dones, extras = take_step(env, actions)
         copy_groups(next_row["obs"], obs)  # after a done: the first of the next episode
         write(row, rewards=rewards, dones=dones)
         write(row, bootstrap=timeout_value(agent, row, next_row, extras, args))
@@ -476,7 +476,7 @@ def timeout_value(
     """
     # rsl_rl: V(s_t), one step early, since the observation returned is already the next episode's.
     values = row["values"]
-    if extras.get("time_outs") is None or args.timeout_bootstrap == "none":
+    if args.timeout_bootstrap == "none":
         return torch.zeros_like(values)
     if args.timeout_bootstrap == "final_obs" and extras.get("final_obs") is not None:
         # The critic's estimate at the true last state. Of all N: to ask which have timed out is to wait.
@@ -484,7 +484,7 @@ def timeout_value(
         copy_groups(final_obs, extras["final_obs"])
         values = agent.critic(final_obs).squeeze(-1)
     # Not a product: rows without a time-out may hold anything, NaN too.
-    return torch.where(extras["time_outs"].to(row.device).bool(), values, 0.0)
+    return torch.where(extras["time_outs"], values, 0.0)
 
 
 def episode_metrics(rollout: TensorDict) -> dict[str, Tensor]:
@@ -638,7 +638,7 @@ def train(args: Args, env: VecEnv | None = None) -> History:
     check_args(args)
     args = set_up_torch(args)
     own = None if env else make_env(args)
-    env = env or own
+    env = as_vec_env(env or own)
     obs = env.get_observations()
     args = choose_groups(obs, replace(args, num_envs=env.num_envs))
     check_args(args)  # again, with the environment's own size
@@ -646,7 +646,7 @@ def train(args: Args, env: VecEnv | None = None) -> History:
     agent = make_agent(env, obs, args)
     check_learned(agent)
     if args.init_at_random_ep_len:  # else all environments time out in the same step, again and again
-        env.episode_length_buf = torch.randint_like(env.episode_length_buf, int(env.max_episode_length))
+        draw_episode_lengths(env)
     storage = make_storage(agent, read_obs(env.get_observations(), args), env.num_actions, args)
     start = load(agent, env, storage, args)
     run_dir = make_run_dir(args, env)
@@ -694,6 +694,18 @@ def wrong(args, name, why):
 
 def first_line(error):
     return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+@contextlib.contextmanager
+def blaming(fault):
+    """Whatever goes wrong in here is this fault, and said in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        shown = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{fault} ({shown})") from error
 
 
 def check_settings(args):
@@ -937,21 +949,63 @@ def find(args, name):
         raise wrong(args, name, f"cannot be imported as package.module:name ({error})") from error
 
 
+def as_vec_env(env):
+    """The environment, if it keeps to envs/vec_env.py; that of an older rsl_rl in today's words."""
+    for name in ("num_envs", "num_actions", "max_episode_length", "episode_length_buf", "device", "step"):
+        if not hasattr(env, name):
+            raise UserError(
+                f"{type(env).__name__} has no {name}; envs/vec_env.py tells what an environment needs"
+            )
+    if env.num_actions < 1 or env.episode_length_buf.is_floating_point():
+        raise UserError(
+            f"{type(env).__name__}: num_actions must be at least 1, episode_length_buf of integers"
+        )
+    if hasattr(env.get_observations(), "keys"):
+        return env
+    try:
+        from envs.legacy import Legacy
+    except ImportError as error:
+        raise UserError(f"{type(env).__name__} is of rsl_rl 1 or 2; envs/legacy.py translates it") from error
+    return Legacy(env)
+
+
+def draw_episode_lengths(env):
+    if env.max_episode_length < math.inf:
+        env.episode_length_buf = torch.randint_like(env.episode_length_buf, int(env.max_episode_length))
+
+
+def take_step(env, actions):
+    """env.step; wrappers return arrays, (N, 1), None."""
+    result = env.step(actions.to(env.device))
+    with blaming("env.step must return observations, rewards, dones, extras: envs/vec_env.py"):
+        obs, rewards, dones, extras = result
+        rewards, dones, extras = torch.as_tensor(rewards), torch.as_tensor(dones), dict(extras or {})
+        if extras.get("time_outs") is None:
+            extras["time_outs"] = torch.zeros_like(dones)
+        time_outs = torch.as_tensor(extras["time_outs"]).to(actions.device).bool()
+        return obs, rewards, dones, extras | {"time_outs": time_outs.view(len(actions))}
+
+
 def read_obs(obs, args):
     """The groups that some network reads, `*_obs`: images as they are, the rest in the networks' dtype."""
     groups = [group for name, groups in vars(args).items() if name.endswith("_obs") for group in groups]
-    obs = obs.select(*groups).to(args.device)
+    with blaming(f"get_observations() must return groups of {args.num_envs} rows"):
+        obs = TensorDict({group: obs[group] for group in groups}, [args.num_envs], device=args.device)
     return obs.apply(lambda x: x if x.dim() == 4 else x.to(torch.get_default_dtype()))
 
 
 def write(row, **values):
     """In place: a captured graph sees this memory alone, and a simulator may reuse its own."""
     for name, x in values.items():
-        row[name].copy_(x)
+        x, stored = torch.as_tensor(x), row[name]
+        if x.shape not in (stored.shape, (*stored.shape, 1)):
+            raise UserError(f"{name} has the shape {tuple(x.shape)}, must have {tuple(stored.shape)}")
+        stored.copy_(x.view(stored.shape))
 
 
 def copy_groups(stored, obs):
-    write(stored, **{group: obs[group] for group in stored.keys()})
+    with blaming(f"observations must keep the groups {list(stored.keys())}"):
+        write(stored, **{group: obs[group] for group in stored.keys()})
 
 
 def note_log(logs, extras, like):
@@ -959,7 +1013,8 @@ def note_log(logs, extras, like):
     for name, value in (extras.get("episode") or extras.get("log") or {}).items():
         if isinstance(value, (int, float)):  # by a kernel: torch.as_tensor would copy it, and wait
             value = like.new_full((1,), value)
-        value = torch.as_tensor(value).to(like, copy=True).flatten()
+        with blaming(f"extras: what is logged as {name} must be a number or a tensor"):
+            value = torch.as_tensor(value).to(like, copy=True).flatten()
         logs.setdefault(name if "/" in name else f"Episode/{name}", []).append(value)
 
 
@@ -1173,24 +1228,12 @@ def differences(path, args):
     return ", ".join(f"{x} {there.get(x)} (here {here.get(x)})" for x in names[:3])
 
 
-@contextlib.contextmanager
-def blaming(path, fault):
-    """What goes wrong in here is the checkpoint's fault, and said in one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        shown = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--checkpoint {path}: {fault} ({shown})") from error
-
-
 def read_checkpoint(path, device=None):
     """A checkpoint, ours or rsl_rl's, with the policy as `actor`. Weights only: others' could run code.
 
     Without a device to have it on, its tensors stay in the file.
     """
-    with blaming(path, "is no whole checkpoint"):
+    with blaming(f"--checkpoint {path}: is no whole checkpoint"):
         where = dict(map_location=device or "cpu", mmap=not device)
         checkpoint = torch.load(path, weights_only=True, **where)
         checkpoint = {"iter": 0, "resume": {"args": {}, "row": {}, "env": None}} | checkpoint
@@ -1200,7 +1243,7 @@ def read_checkpoint(path, device=None):
 
 
 def restore(part, checkpoint, name, path):
-    with blaming(path, f"{name} differs"):
+    with blaming(f"--checkpoint {path}: {name} differs"):
         state = checkpoint[f"{name}_state_dict"]
         for own, group in zip(getattr(part, "param_groups", ()), state.get("param_groups", ())):
             own["lr"].fill_(float(group["lr"]))  # rsl_rl saves a float
@@ -1233,7 +1276,7 @@ def load(agent, env, storage, args):
         print(f"that run has {there}")
     for name, part in parts_of(agent).items():
         restore(part, checkpoint, name, path)
-    with blaming(path, "its run cannot be continued"):
+    with blaming(f"--checkpoint {path}: its run cannot be continued"):
         same = all(resume["args"].get(name) == getattr(args, name) for name in ("seed", "num_envs"))
         same &= resume["row"].keys() == storage.exclude("obs").keys()  # else a column of yours is new
         if same:
@@ -1277,7 +1320,7 @@ class Policy(nn.Module):
     def act(self, obs: TensorDict) -> Tensor:
         """Observation groups (B, ...) -> actions (B, A)."""
         example, device = self.actor.example, self.memory.device
-        obs = {group: obs[group].to(device, x.dtype) for group, x in example.items()}
+        obs = {group: torch.as_tensor(obs[group]).to(device, x.dtype) for group, x in example.items()}
         return self(*self.actor.inputs(obs).values())
 
 
@@ -1287,7 +1330,7 @@ def load_policy(path, args=None, env=None, batch_size=1):
     resume, state = checkpoint["resume"], checkpoint["actor_state_dict"]
     if resume["args"]:
         args = Args(**{name: value for name, value in resume["args"].items() if hasattr(Args, name)})
-        with blaming(path, "does not tell what its policy reads"):
+        with blaming(f"--checkpoint {path}: does not tell what its policy reads"):
             obs, num_actions = TensorDict(resume["obs"], [1]), resume["num_actions"]
     elif args is None:
         raise UserError(f"--checkpoint {path}: holds weights only; load_policy(path, args)")
@@ -1299,7 +1342,7 @@ def load_policy(path, args=None, env=None, batch_size=1):
         obs, num_actions = env.get_observations(), env.num_actions
         args = choose_groups(obs, args)
         obs = read_obs(obs, args)
-    with blaming(path, "its policy cannot be built"):
+    with blaming(f"--checkpoint {path}: its policy cannot be built"):
         actor = make_actor(obs, num_actions, args)
     restore(actor, checkpoint, "actor", path)
     return Policy(actor.eval(), batch_size)
@@ -1342,7 +1385,7 @@ def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
     if args.agent == "policy":
         path = find_checkpoint(args)
     own = None if env else make_env(args, num_envs=args.play_envs, play=True, terminations=args.terminations)
-    env = env or own
+    env = as_vec_env(env or own)
     if args.agent == "policy":
         policy = load_policy(path, args, env, env.num_envs).to(args.device)
     means = roll_out(env, policy, path.parent / f"play_{path.stem}", args)

@@ -46,8 +46,9 @@ def roll_out(env, policy, path, args) -> dict[str, float]:
     running = torch.ones(n, dtype=torch.bool, device=env.device)
     while running.any():
         obs, rewards, dones, extras = env.step(act(obs))
-        rewards, dones = rewards.view(n), dones.view(n).bool()
-        values = {name: x for name, x in (extras.get("log") or {}).items() if getattr(x, "shape", None) == running.shape}
+        rewards, dones = (torch.as_tensor(x, device=env.device).view(n) for x in (rewards, dones))
+        dones = dones.bool()
+        values = {name: x for name, x in ((extras or {}).get("log") or {}).items() if getattr(x, "shape", None) == running.shape}
         for name, value in (values | {"return": rewards, "episode_length": torch.ones_like(rewards)}).items():
             total = totals.get(name, torch.zeros_like(value))
             if name.startswith("Episode/"):  # what counts is how the episode ended; the rest is summed up
@@ -82,7 +83,7 @@ class Record:
         if not self.over:
             self.attempt(self.look)
         result = self.env.step(actions)
-        self.over = self.over or bool(result[2].view(-1)[0])
+        self.over = self.over or bool(torch.as_tensor(result[2]).view(-1)[0])
         return result
 
     def attempt(self, draw) -> None:

@@ -203,6 +203,7 @@ def test_time_out_bootstraps_from_the_true_last_observation():
         rows = module.make_storage(agent, obs, 1, args)
         rows["values"][0] = 5.0
         expected = agent.critic(obs.apply(lambda x: torch.full_like(x, 9.0)))[0].item()
+        *_, extras = module.take_step(env, torch.zeros(3, 1))
         return module.timeout_value(agent, rows[0], rows[1], extras, args).tolist(), expected
 
     value, expected = bootstrap("final_obs", time_outs=time_outs, final_obs=last)
@@ -210,6 +211,7 @@ def test_time_out_bootstraps_from_the_true_last_observation():
     assert bootstrap("final_obs", time_outs=time_outs)[0] == [5.0, 0.0, 0.0]  # none given: as rsl_rl
     assert bootstrap("value", time_outs=time_outs.float(), final_obs=last)[0] == [5.0, 0.0, 0.0]
     assert bootstrap("none", time_outs=time_outs, final_obs=last)[0] == [0.0, 0.0, 0.0]
+    assert bootstrap("final_obs", final_obs=last)[0] == [0.0, 0.0, 0.0]  # an end that is not said to be a time-out is one
     assert bootstrap("final_obs", final_obs=last)[0] == [0.0, 0.0, 0.0]
 
 

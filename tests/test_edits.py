@@ -316,7 +316,7 @@ SLIPS = {
     "a row's entry is replaced": (ACT, '    row["values"] = agent.critic(row["obs"])\n', RuntimeError, "locked"),
     "a group's entry is replaced": (ACT, '    row["obs"]["policy"] = 0 * row["obs"]["policy"]\n', RuntimeError, "locked"),
     "a name that the storage has not": (ACT, '    write(row, value=row["values"])\n', KeyError, "value"),
-    "a column too many": (ACT, '    write(row, values=agent.critic(row["obs"]))\n', RuntimeError, "shape"),
+    "a column too many": (ACT, '    write(row, values=row["obs"]["policy"])\n', ValueError, "values has the shape"),
     "a setting is assigned": (STORAGE, "    args.gamma = 0.9\n", FrozenInstanceError, "gamma"),
     "a default that is no choice": ('"fixed"] = "adaptive"', '"fixed"] = "adaptve"', ValueError, "--schedule adaptve: choose"),
     "a metric without a kind": (EPISODES, '    means["rms"] = rollout["actions"].std()\n', ValueError, "metric rms"),

@@ -165,7 +165,7 @@ def test_step_dt_of_a_wrapped_environment():
 
 @pytest.mark.parametrize("mode", ["final_obs", "value", "not given"])
 def test_novelty_of_a_finished_episode_is_that_of_its_last_state(mode):
-    """Environment 1 is done: its last state counts, not the next episode's first; a running one's final_obs may be anything."""
+    """Environment 1 times out: its last state counts, not the next episode's first. Elsewhere final_obs may be anything."""
     env = make("navigation-maze", 4)
     agent, storage, args = agent_of(
         env, timeout_bootstrap="value" if mode == "value" else "final_obs", **dict.fromkeys(BOTH, False)
@@ -173,17 +173,18 @@ def test_novelty_of_a_finished_episode_is_that_of_its_last_state(mode):
     row, next_row = storage[0], storage[1]
     reached, last = torch.randn(4, 2), torch.full((4, 2), torch.nan)
     last[1] = torch.tensor([7.0, -3.0])
-    row["dones"][1] = True
+    row["dones"][1:3] = True
     next_row["obs", "rnd"].copy_(reached)
     extras = {} if mode == "not given" else {"final_obs": TensorDict({"rnd": last.double()}, batch_size=[4])}
+    extras["time_outs"] = torch.tensor([False, True, False, False])
     rewards = module.intrinsic_reward(env, agent.rnd, row, next_row, extras, args)
     if mode == "final_obs":
         reached[1] = last[1]
     assert torch.allclose(rewards, 0.33 * (agent.rnd.target(reached) - agent.rnd.predictor(reached)).norm(dim=1))
 
 
-def test_a_training_survives_nan_in_final_obs_that_no_done_uses():
-    """And gets the numbers of one without; in rows that are done final_obs is read: there NaN ends it (below)."""
+def test_a_training_survives_nan_in_final_obs_that_no_time_out_uses():
+    """And gets the numbers of one without; in rows that have timed out final_obs is read: there NaN ends it (below)."""
     histories = []
     for junk in (False, True):
         env = make("navigation-maze", 32)
@@ -191,7 +192,7 @@ def test_a_training_survives_nan_in_final_obs_that_no_done_uses():
         def step(actions, step=env.step, junk=junk):
             obs, rewards, dones, extras = step(actions)
             if junk:
-                extras["final_obs"].apply_(lambda x: x.masked_fill_(~dones[:, None], torch.nan))
+                extras["final_obs"].apply_(lambda x: x.masked_fill_(~extras["time_outs"][:, None], torch.nan))
             return obs, rewards, dones, extras
 
         env.step = step
@@ -276,7 +277,7 @@ def test_nothing_of_a_bad_rollout_is_kept(where, tmp_path):
         obs, rewards, dones, extras = step(actions)
         steps.append(1)
         if len(steps) == 2 * 24 + 5:
-            dones[3] = True
+            dones[3] = extras["time_outs"][3] = True
             (rewards if where == "reward" else extras["final_obs"]["rnd"])[3] = torch.nan
         return obs, rewards, dones, extras
 
@@ -293,7 +294,7 @@ def test_nothing_of_a_bad_rollout_is_kept(where, tmp_path):
 
 
 def test_a_predictor_that_diverges_is_seen_at_once():
-    with pytest.raises(FloatingPointError, match="iteration 0: .*what was learned from it is not"):
+    with pytest.raises(FloatingPointError, match="iteration 0: .*but not what came of it"):
         module.train(args_of(rnd_learning_rate=1e30), make("navigation-maze", 32))
 
 

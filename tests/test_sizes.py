@@ -12,15 +12,15 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 923,
-    "tokens of the base": 10_567,
-    "tokens of the base above the fence": 4816,
-    "code lines of the distillation": 1035,
-    "tokens of the distillation": 12_170,
-    "tokens of the distillation above the fence": 6419,
+    "code lines of the base": 958,
+    "tokens of the base": 10_860,
+    "tokens of the base above the fence": 4777,
+    "code lines of the distillation": 1070,
+    "tokens of the distillation": 12_483,
+    "tokens of the distillation above the fence": 6400,
     "tokens of a variant beyond the base's": 1100,
     "tokens of the five variants beyond the base's": 4500,
-    "tokens of all seven, below the fence counted once": 45_556,
+    "tokens of all seven, below the fence counted once": 45_637,
     "tokens per code line": 13,
     "characters per line": 110,
 }
