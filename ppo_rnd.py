@@ -1464,7 +1464,7 @@ def load_policy(path, args=None, env=None, batch_size=1):
         env = env or make_env(args)
         layers = tuple(len(x) for name, x in state.items() if re.fullmatch(r"mlp\.\d+\.weight", name))
         hidden_dims = next(name for name in vars(args) if name.endswith("hidden_dims"))
-        args = replace(args, device="cpu", **{hidden_dims: layers[:-1]})
+        args = replace(args, device="cpu", num_envs=env.num_envs, **{hidden_dims: layers[:-1]})
         obs, num_actions = env.get_observations(), env.num_actions
         args = choose_groups(obs, args)
         obs = read_obs(obs, args)
