@@ -423,7 +423,7 @@ class Model(nn.Module):
         images = {group: obs[group] for group in self.images}
         vectors = [obs[group] for group in self.vectors]
         vectors = vectors or [obs[self.images[0]].flatten(-3)[..., :0].float()]  # of no columns
-        return {"obs": torch.cat(vectors, dim=-1)} | images  # (..., O), (..., channels, height, width)
+        return {"obs": torch.cat(vectors, dim=-1), **images}  # (..., O), (..., channels, height, width)
 
     def network(self, obs: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """Vectors, images, hidden -> output, next hidden."""
@@ -1046,7 +1046,8 @@ def make_env(args, **options):
         factory = find(args, "env")
         wanted = inspect.signature(factory).parameters
         return factory(**{key: value for key, value in settings.items() if key in wanted})
-    from envs import make
+    with blaming(f"--env {args.env}: is one of envs/, which is not beside this script"):
+        from envs import make
 
     try:
         return make(args.env, **settings)
@@ -1237,6 +1238,7 @@ def make_run_dir(args, env):
     with contextlib.suppress(subprocess.TimeoutExpired):
         git = subprocess.run(command, shell=True, capture_output=True, cwd=SCRIPT.parent, timeout=10)
         (run_dir / "git.diff").write_bytes(git.stdout)
+    print(f"this run is kept in {run_dir}")
     return run_dir
 
 
@@ -1352,6 +1354,11 @@ def read_checkpoint(path, device=None):
     with blaming(f"--checkpoint {path}: is no whole checkpoint"):
         where = dict(map_location=device or "cpu", mmap=not device)
         checkpoint = torch.load(path, weights_only=True, **where)
+        if "resume" not in checkpoint:  # rsl_rl's; before its version 5 it had other names
+            with contextlib.suppress(ImportError):
+                from envs.legacy import translate
+
+                checkpoint = translate(checkpoint)
         checkpoint = {"iter": 0, "resume": {"args": {}, "row": {}, "env": None}} | checkpoint
         _ = checkpoint["iter"] + 1, {**checkpoint["resume"]["args"]}  # fails unless a number and a dict
         policy = checkpoint.get("student_state_dict") or checkpoint["actor_state_dict"]
@@ -1391,7 +1398,10 @@ def load(agent, env, storage, args):
     if resume["args"] and (there := differences(path, args)):
         print(f"that run has {there}")
     for name, part in parts_of(agent).items():
-        restore(part, checkpoint, name, path)
+        if resume["args"] or f"{name}_state_dict" in checkpoint:
+            restore(part, checkpoint, name, path)
+        else:
+            print(f"{name} starts afresh: rsl_rl has saved none, or in another order")
     with blaming(f"--checkpoint {path}: its run cannot be continued"):
         same = all(resume["args"].get(name) == getattr(args, name) for name in ("seed", "num_envs"))
         same &= resume["row"].keys() == storage.exclude("obs").keys()  # else a column of yours is new

@@ -559,11 +559,11 @@ def ppo_loss(agent: SimpleNamespace, batch: TensorDict, args: Args) -> tuple[Ten
     # L = L^CLIP - c1 L^VF + c2 S, to be maximised: the signs turn here              arXiv:1707.06347 eq. 9
     loss = surrogate_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
     with torch.no_grad():
-        old_policy = agent.actor.distribution.make(**batch["policy"])
+        old_policy = agent.actor.distribution.make(**batch["policy"].to_dict())
         kl = kl_divergence(old_policy, policy).sum(-1).mean()  # exact, before this step
         clip_fraction = (ratio != clipped).mean(dtype=loss.dtype)
     metrics = {"surrogate": surrogate_loss, "value": value_loss, "entropy": entropy, "kl": kl}
-    return loss, metrics | {"clip_fraction": clip_fraction, "mean_std": policy.stddev.mean()}
+    return loss, {**metrics, "clip_fraction": clip_fraction, "mean_std": policy.stddev.mean()}
 
 
 def backward(loss: Tensor, optimizer: torch.optim.Optimizer):
@@ -930,7 +930,8 @@ def make_env(args, **options):
         factory = find(args, "env")
         wanted = inspect.signature(factory).parameters
         return factory(**{key: value for key, value in settings.items() if key in wanted})
-    from envs import make
+    with blaming(f"--env {args.env}: is one of envs/, which is not beside this script"):
+        from envs import make
 
     try:
         return make(args.env, **settings)
@@ -1121,6 +1122,7 @@ def make_run_dir(args, env):
     with contextlib.suppress(subprocess.TimeoutExpired):
         git = subprocess.run(command, shell=True, capture_output=True, cwd=SCRIPT.parent, timeout=10)
         (run_dir / "git.diff").write_bytes(git.stdout)
+    print(f"this run is kept in {run_dir}")
     return run_dir
 
 
@@ -1236,6 +1238,11 @@ def read_checkpoint(path, device=None):
     with blaming(f"--checkpoint {path}: is no whole checkpoint"):
         where = dict(map_location=device or "cpu", mmap=not device)
         checkpoint = torch.load(path, weights_only=True, **where)
+        if "resume" not in checkpoint:  # rsl_rl's; before its version 5 it had other names
+            with contextlib.suppress(ImportError):
+                from envs.legacy import translate
+
+                checkpoint = translate(checkpoint)
         checkpoint = {"iter": 0, "resume": {"args": {}, "row": {}, "env": None}} | checkpoint
         _ = checkpoint["iter"] + 1, {**checkpoint["resume"]["args"]}  # fails unless a number and a dict
         policy = checkpoint.get("student_state_dict") or checkpoint["actor_state_dict"]
@@ -1275,7 +1282,10 @@ def load(agent, env, storage, args):
     if resume["args"] and (there := differences(path, args)):
         print(f"that run has {there}")
     for name, part in parts_of(agent).items():
-        restore(part, checkpoint, name, path)
+        if resume["args"] or f"{name}_state_dict" in checkpoint:
+            restore(part, checkpoint, name, path)
+        else:
+            print(f"{name} starts afresh: rsl_rl has saved none, or in another order")
     with blaming(f"--checkpoint {path}: its run cannot be continued"):
         same = all(resume["args"].get(name) == getattr(args, name) for name in ("seed", "num_envs"))
         same &= resume["row"].keys() == storage.exclude("obs").keys()  # else a column of yours is new

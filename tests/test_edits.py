@@ -141,7 +141,8 @@ def test_the_edited_script_trains_resumes_plays_and_exports(name, mode, edited, 
     if mode == "graphs":
         assert [graph.launches for graph in cuda.graphs] == [3, 3, 1, 1]
     if mode == "compiled":  # one graph for both runs: nothing was compiled again, and nothing broke it
-        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+        runs = 1 if torch.__version__ >= "2.11" else 2  # torch 2.7 compiles once for each agent
+        assert counters["stats"]["unique_graphs"] == runs and not counters["graph_break"]
         eager = module.train(replace(args, compile=False, log_root=""))
         for tag in [tag for tag in eager[0] if tag.startswith("Loss/")]:  # the next ones go where rounding leads them
             assert history[0][tag] == pytest.approx(eager[0][tag], rel=1e-3, abs=1e-6), tag
@@ -308,7 +309,7 @@ ACT = '    write(row, values=agent.critic(row["obs"]).squeeze(-1))\n'
 STORAGE = "    start = load(agent, env, storage, args)\n"
 PARTS = "    parameters = list(nn.ModuleList([actor, critic]).parameters())  # what both share counts once\n"
 EPISODES = '    return means | {"Train/num_episodes": count}\n'
-LOSS = '    return loss, metrics | {"clip_fraction": clip_fraction, "mean_std": policy.stddev.mean()}\n'
+LOSS = '    return loss, {**metrics, "clip_fraction": clip_fraction, "mean_std": policy.stddev.mean()}\n'
 FIELD = "    desired_kl: float = 0.01\n"
 PREDICTED = '    estimated_obs: tuple[str, ...] = ("privilegd",)\n    """Groups to predict."""\n'
 # (what is in the script, a line to come before it or what to stand in its place, the error and its message)

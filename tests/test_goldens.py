@@ -5,6 +5,7 @@ import pathlib
 
 import cases
 import pytest
+import torch
 
 GOLDENS = sorted((pathlib.Path(__file__).parent / "goldens").glob("*.json"))
 
@@ -15,6 +16,9 @@ def test_every_case_has_a_golden():
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
 def test_golden(path, double):
+    if "beta" in path.stem and torch.__version__ < "2.11":
+        # Beta is drawn by rejection: another rounding of its parameters may take one number more, and then all are others.
+        pytest.skip("recorded with a torch that rounds softplus otherwise; tests/test_parity.py compares with rsl_rl itself")
     golden = json.loads(path.read_text())
     script, env_id, settings = cases.CASES[path.stem]
     stored = golden["case"]

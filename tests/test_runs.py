@@ -1025,7 +1025,7 @@ def test_copied_script_runs_alone(name, tmp_path):
 
 def test_importing_changes_nothing():
     check = """
-import os, random, signal, sys, torch
+import os, random, signal, sys, tensordict, torch  # some of which add to sys.path
 def state():
     flags = [torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.get_float32_matmul_precision()]
     flags += [torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()]

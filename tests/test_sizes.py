@@ -12,15 +12,15 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 958,
-    "tokens of the base": 10_866,
-    "tokens of the base above the fence": 4777,
-    "code lines of the distillation": 1070,
-    "tokens of the distillation": 12_489,
-    "tokens of the distillation above the fence": 6400,
+    "code lines of the base": 967,
+    "tokens of the base": 10_923,
+    "tokens of the base above the fence": 4782,
+    "code lines of the distillation": 1079,
+    "tokens of the distillation": 12_542,
+    "tokens of the distillation above the fence": 6401,
     "tokens of a variant beyond the base's": 1100,
     "tokens of the five variants beyond the base's": 4500,
-    "tokens of all seven, below the fence counted once": 45_643,
+    "tokens of all seven, below the fence counted once": 45_727,
     "tokens per code line": 13,
     "characters per line": 110,
 }
