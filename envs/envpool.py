@@ -6,6 +6,10 @@ the protocol's same-step reset holds and the true last observations are kept.
 
 from __future__ import annotations
 
+import functools
+import subprocess
+import sys
+
 import envpool
 import numpy as np
 
@@ -26,8 +30,22 @@ class EnvPoolEnv(NumpyVecEnv):
         return {name: put(obs[name], part[name]) for name in part} if isinstance(part, dict) else put(obs, part)
 
     def render(self) -> np.ndarray:
-        """Picture of environment 0; needs `play=True`."""
+        """Picture of environment 0; needs `play=True`.
+
+        Raises:
+            RuntimeError: it cannot be drawn here, as where there is no OpenGL.
+        """
+        if not can_draw(self.cfg["id"]):
+            raise RuntimeError(f"EnvPool cannot draw {self.cfg['id']} here; its MuJoCo tasks need OpenGL")
         return self.vec.render(0)[0]
+
+
+@functools.cache
+def can_draw(name: str) -> bool:
+    """Tried in a process of its own: without OpenGL EnvPool's renderer ends the process that calls it."""
+    settings = f"{name!r}, env_type='gymnasium', num_envs=1, render_mode='rgb_array'"
+    source = f"import envpool; env = envpool.make({settings}); env.reset(); env.render(0)[0].shape; print('drawn')"
+    return "drawn" in subprocess.run([sys.executable, "-c", source], capture_output=True, text=True).stdout
 
 
 def make(

@@ -70,13 +70,13 @@ class NumpyVecEnv:
         return self.vec.reset(options={"reset_mask": mask})[0]
 
     def _to_bounds(self, actions: torch.Tensor) -> np.ndarray:
-        """(N, A) in [-1, 1] to the action space."""
+        """(N, A) in [-1, 1] to the action space; where that is not bounded on both sides, as they are, up to a bound."""
         space = self._action_space
         actions = actions.detach().cpu().numpy().reshape(self.num_envs, *space.shape)
         finite = np.isfinite(space.low) & np.isfinite(space.high)
         low, high = np.where(finite, space.low, -1.0), np.where(finite, space.high, 1.0)
         scaled = low + (actions.clip(-1.0, 1.0) + 1.0) / 2.0 * (high - low)
-        return np.where(finite, scaled, actions).astype(space.dtype)
+        return np.where(finite, scaled, actions.clip(space.low, space.high)).astype(space.dtype)
 
     def _to_groups(self, obs) -> TensorDict:
         """Observations of the vector as new tensors."""

@@ -178,6 +178,9 @@ def test_gymnasium_spaces():
     assert shapes == {"state": ((2, 6), torch.float32), "camera": ((2, 3, 8, 9), torch.uint8)}
     env.step(torch.tensor([[5.0, -6.0, 7.0, 8.0]] * 2))
     assert env.vec.envs[0].unwrapped.action.tolist() == [[5.0, -6.0], [7.0, 8.0]]
+    half = envs.make("gym:Custom-v0", num_envs=2, action_space=Box(np.array([0.0, -np.inf]), np.array([np.inf, 1.0])))
+    half.step(torch.tensor([[-0.5, -3.0], [2.0, 4.0]]))
+    assert [single.unwrapped.action.tolist() for single in half.vec.envs] == [[0.0, -3.0], [2.0, 1.0]]
     for spaces, named in (
         ({"action_space": Discrete(3)}, r"Discrete\(3\)"),
         ({"action_space": Box(0, 9, (2,), np.int64)}, "int64"),
@@ -230,6 +233,17 @@ def test_envpool_steps_like_a_plain_environment(limit):
             assert extras["time_outs"][i] == (truncated and not terminated)
             assert torch.equal(obs["policy"][i], float32(single.step(action)[0][0] if dones[i] else last))
     assert ended["truncated" if limit == 15 else "terminated"] > 5
+
+
+@needs_envpool
+def test_playing_envpool_ends_well(tmp_path):
+    """Also where its renderer would end the process: then without a film, which is said."""
+    script = pathlib.Path(envs.__file__).parents[1] / "ppo_continuous.py"
+    command = [sys.executable, script, "--env", "envpool:HalfCheetah-v4", "--play", "--agent", "zero", "--play-envs", "2"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    drawn = list(tmp_path.glob("logs/*/play_zero.gif"))
+    assert run.returncode == 0 and run.stdout.count("\nepisode ") == 2, run.stderr
+    assert len(drawn) == 1 or "no film or plot: RuntimeError: EnvPool cannot draw HalfCheetah-v4 here" in run.stdout
 
 
 @needs_envpool
