@@ -10,6 +10,7 @@ last observations are asked for (`compute_final_obs`) where the installed versio
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 
@@ -79,11 +80,17 @@ def make(name, num_envs, device="cuda:0", seed=0, play=False, terminations=True,
 
 
 def defaults(name: str) -> dict:
-    """The task's own PPO settings."""
+    """The task's own PPO settings, and those for distillation, where it has any."""
     _start()
     from isaaclab_tasks.utils import load_cfg_from_registry
 
-    return from_rsl_rl(load_cfg_from_registry(name, "rsl_rl_cfg_entry_point").to_dict())
+    def read(kind):
+        return from_rsl_rl(load_cfg_from_registry(name, f"rsl_rl_{kind}_entry_point").to_dict())
+
+    settings = read("cfg")
+    with contextlib.suppress(ValueError):  # there is none
+        settings["distillation"] = read("distillation_cfg")
+    return settings
 
 
 @functools.cache

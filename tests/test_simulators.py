@@ -567,7 +567,8 @@ def isaac(monkeypatch):
         return types.SimpleNamespace(scene=scene, sim=sim, seed=None, is_finite_horizon=False, compute_final_obs=False)
 
     def load_cfg_from_registry(task_name, entry_point_key):
-        assert entry_point_key == "rsl_rl_cfg_entry_point"
+        if entry_point_key != "rsl_rl_cfg_entry_point":
+            raise ValueError(f"Could not find configuration for the environment: '{task_name}'.")
         return AGENT
 
     def make(name, cfg, render_mode=None):
@@ -633,3 +634,40 @@ def test_settings_of_both_layouts():
     settings = from_rsl_rl(cfg)
     assert settings["distribution"] == "beta" and settings["action_range"] == (-2.0, 2.0)
     assert settings["cnn_output_channels"] == (8, 16) and "cnn_kernel_size" not in settings
+
+
+def test_nothing_of_a_configuration_is_dropped_in_silence(capsys):
+    """What has no counterpart is printed once; Isaac Lab's MISSING, which comes as {}, is nothing that was said."""
+    from envs.settings import from_rsl_rl, say
+
+    say.cache_clear()
+    policy = {"class_name": "ActorCritic", "actor_obs_normalization": {}, "critic_obs_normalization": {}, "activation": "elu"}
+    policy |= {"actor_hidden_dims": [32], "critic_hidden_dims": [64], "init_noise_std": 1.0, "state_dependent_std": False}
+    cfg = {"policy": policy, "algorithm": {"class_name": "PPO", "gamma": 0.98}, "empirical_normalization": False, "seed": 42}
+    assert from_rsl_rl(cfg)["obs_normalization"] is False and capsys.readouterr().out == ""
+    cfg["algorithm"] |= {"symmetry_cfg": {"use_mirror_loss": True}, "warm_up": 5}
+    cfg["policy"] |= {"actor_obs_normalization": True, "critic_obs_normalization": False, "rnn_type": {}}
+    for _ in range(2):
+        assert from_rsl_rl(cfg)["obs_normalization"] is True
+    left = "algorithm.warm_up 5, algorithm.symmetry_cfg (run ppo_symmetry.py), policy.critic_obs_normalization False"
+    assert capsys.readouterr().out == f"the task's configuration also says, and no setting here does: {left}\n"
+
+    model = {"class_name": "MLPModel", "hidden_dims": [32], "activation": "elu", "obs_normalization": True}
+    normal = {"class_name": "GaussianDistribution", "init_std": 0.5, "std_range": [0.1, 2.0]}
+    cfg = {"actor": model | {"distribution_cfg": normal}, "critic": model | {"activation": "relu"}, "algorithm": {}}
+    assert from_rsl_rl(cfg | {"init_at_random_ep_len": False})["init_at_random_ep_len"] is False
+    left = "actor.distribution_cfg.std_range [0.1, 2.0], critic.activation relu"
+    assert capsys.readouterr().out.endswith(f"does: {left}\n")
+
+
+def test_settings_for_distillation():
+    from envs.settings import from_rsl_rl
+
+    policy = {"class_name": "StudentTeacher", "student_hidden_dims": [128], "teacher_hidden_dims": [64], "activation": "elu"}
+    policy |= {"student_obs_normalization": False, "teacher_obs_normalization": False, "init_noise_std": 0.1}
+    groups = {"policy": ["policy"], "teacher": ["policy", "privileged"]}
+    cfg = {"policy": policy, "algorithm": {"class_name": "Distillation", "gradient_length": 15, "loss_type": "mse"}}
+    assert from_rsl_rl(cfg | {"obs_groups": groups}) == {
+        "student_hidden_dims": (128,), "activation": "elu", "obs_normalization": False, "init_std": 0.1, "gradient_length": 15,
+        "loss_type": "mse", "student_obs": ("policy",), "teacher_obs": ("policy", "privileged"),
+    }  # fmt: skip
