@@ -12,7 +12,7 @@ import pathlib
 
 import torch
 
-COLOURS = {"actual": "#d9480f", "commanded": "#1864ab"}
+COLOURS = {"actual": "#1565c0", "commanded": "#2e7d32"}  # as the quadruped's film has them
 
 
 @torch.no_grad()
