@@ -206,15 +206,10 @@ class Args:
 def check_args(args: Args):
     """Refuse what cannot work, before any time is spent on it."""
     check_settings(args)
-    for name in ("gamma", "lam"):
-        if not 0.0 <= getattr(args, name) <= 1.0:
-            raise wrong(args, name, "must lie between 0 and 1")
     if args.num_envs * args.num_steps_per_env < 2 * args.num_mini_batches:
         raise wrong(args, "num_mini_batches", "leaves fewer than 2 samples for each")
     if args.distribution != "gaussian" and not args.learn_std:
         raise wrong(args, "learn_std", f"the std of the {args.distribution} distribution is always learned")
-    if args.action_range[0] >= args.action_range[1]:
-        raise wrong(args, "action_range", "the first number must be the smaller one")
 
 
 # ---- Networks ----------------------------------------------------------------------------------------------
@@ -492,15 +487,6 @@ def timeout_value(
         values = agent.critic(final_obs).squeeze(-1)
     # Not a product: rows without a time-out may hold anything, NaN too.
     return torch.where(extras["time_outs"], values, 0.0)
-
-
-def episode_metrics(rollout: TensorDict) -> dict[str, Tensor]:
-    """Means over ALL episodes that ended in this rollout (T, N); NaN where none did."""
-    ended, count = rollout["dones"], rollout["dones"].sum()
-    returns = (rollout["episode_return"] + rollout["rewards"]) * ended
-    lengths = (rollout["episode_length"] + 1) * ended
-    means = {"Train/mean_reward": returns.sum() / count, "Train/mean_episode_length": lengths.sum() / count}
-    return means | {"Train/num_episodes": count}
 
 
 def compute_gae(storage: TensorDict, args: Args) -> tuple[Tensor, Tensor]:
@@ -797,8 +783,12 @@ def check_settings(args):
                 raise wrong(args, name, f"a checkpoint cannot hold a {type(x).__name__}")
             if isinstance(x, (int, float)) and not low < x < math.inf:
                 raise wrong(args, name, "must be finite" if low else "must be greater than 0, and finite")
-            if re.search("loss_coef|_weight$", name) and x < 0:
+            if re.fullmatch("gamma|lam|beta|.*_decay", name) and not 0.0 <= x <= 1.0:
+                raise wrong(args, name, "must lie between 0 and 1")
+            if re.search("loss_coef|_weight$|^seed", name) and x < 0:
                 raise wrong(args, name, "must not be negative")
+    if args.action_range[0] >= args.action_range[1]:
+        raise wrong(args, "action_range", "the first number must be the smaller one")
 
 
 def check_groups(obs, args, kinds):
@@ -826,7 +816,7 @@ def set_up_torch(args):
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     for seed in (torch.manual_seed, np.random.seed, random.seed):
-        seed(args.seed)
+        seed(args.seed % 2**32)  # numpy's range
     torch.set_float32_matmul_precision(args.float32_matmul_precision)
     torch.backends.cudnn.allow_tf32 = args.float32_matmul_precision != "highest"  # convolutions and RNNs
     return replace(args, device=device)
@@ -1094,6 +1084,15 @@ def note_log(logs, extras, like):
         logs.setdefault(name if "/" in name else f"Episode/{name}", []).append(value)
 
 
+def episode_metrics(rollout):
+    """Means over ALL episodes that ended in this rollout (T, N); NaN where none did."""
+    ended, count = rollout["dones"], rollout["dones"].sum()
+    returns = (rollout["episode_return"] + rollout["rewards"]) * ended
+    lengths = (rollout["episode_length"] + 1) * ended
+    means = {"Train/mean_reward": returns.sum() / count, "Train/mean_episode_length": lengths.sum() / count}
+    return means | {"Train/num_episodes": count}
+
+
 # ---- Runs --------------------------------------------------------------------------------------------------
 
 
@@ -1264,8 +1263,9 @@ def find_checkpoint(args):
     if args.wandb_run_path:
         import wandb
 
-        run = wandb.Api().run(args.wandb_run_path)
-        files = [file for file in run.files() if Path(file.name).match(pattern) and "/" not in file.name]
+        with blaming(f"--wandb-run-path {args.wandb_run_path}: cannot be read"):
+            run = wandb.Api().run(args.wandb_run_path)
+            files = [file for file in run.files() if Path(file.name).match(pattern) and "/" not in file.name]
         folder = folder / "wandb" / re.sub(r"\W", "_", run.id)
         last = sorted(files, key=lambda file: int("0" + re.sub(r"\D", "", file.name)))[-1:]
         paths = [file.download(root=str(folder), replace=True).name for file in last]
@@ -1331,8 +1331,10 @@ def restore(part, checkpoint, name, path):
             own["lr"].fill_(float(group["lr"]))  # rsl_rl saves a float
             group.update(own, params=group["params"])  # the rest, `fused` and so on, is this device's
         part.load_state_dict(state)
-        for parameter, moments in getattr(part, "state", {}).items():  # of an optimizer, which does not look
-            [moment.expand_as(parameter) for moment in moments.values()]
+        moments = getattr(part, "state", {})  # of an optimizer, which does not look
+        names = {key for its in moments.values() for key in its}
+        for parameter, its in moments.items():
+            [its[key].expand_as(parameter) for key in names]
 
 
 def load(agent, env, storage, args):
@@ -1515,7 +1517,7 @@ def main():
             export_policy(load_policy(path, args).actor, path.parent / "exported")
         else:
             train(args)
-    except (UserError, FloatingPointError, ImportError, OSError) as error:
+    except (UserError, FloatingPointError, ImportError, OSError, torch.distributed.DistError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped")

@@ -308,7 +308,7 @@ def test_every_epoch_reads_other_mini_batches(edited, monkeypatch):
 ACT = '    write(row, values=agent.critic(row["obs"]).squeeze(-1))\n'
 STORAGE = "    start = load(agent, env, storage, args)\n"
 PARTS = "    parameters = list(nn.ModuleList([actor, critic]).parameters())  # what both share counts once\n"
-EPISODES = '    return means | {"Train/num_episodes": count}\n'
+COLLECT = "    return metrics | episode_metrics(storage[:-1])\n"
 LOSS = '    return loss, {**metrics, "clip_fraction": clip_fraction, "mean_std": policy.stddev.mean()}\n'
 FIELD = "    desired_kl: float = 0.01\n"
 PREDICTED = '    estimated_obs: tuple[str, ...] = ("privilegd",)\n    """Groups to predict."""\n'
@@ -320,9 +320,9 @@ SLIPS = {
     "a column too many": (ACT, '    write(row, values=row["obs"]["policy"])\n', ValueError, "values has the shape"),
     "a setting is assigned": (STORAGE, "    args.gamma = 0.9\n", FrozenInstanceError, "gamma"),
     "a default that is no choice": ('"fixed"] = "adaptive"', '"fixed"] = "adaptve"', ValueError, "--schedule adaptve: choose"),
-    "a metric without a kind": (EPISODES, '    means["rms"] = rollout["actions"].std()\n', ValueError, "metric rms"),
-    "a metric that is no number": (EPISODES, '    means["Train/x"] = rollout["actions"]\n', ValueError, "metric Train/x"),
-    "a metric on the host": (EPISODES, '    means["Train/x"] = 1.0\n', ValueError, "metric Train/x is 1.0"),
+    "a metric without a kind": (COLLECT, '    metrics["rms"] = storage["actions"].std()\n', ValueError, "metric rms"),
+    "a metric that is no number": (COLLECT, '    metrics["Train/x"] = storage["actions"]\n', ValueError, "metric Train/x"),
+    "a metric on the host": (COLLECT, '    metrics["Train/x"] = 1.0\n', ValueError, "metric Train/x is 1.0"),
     "a group that nobody reads": (LOSS, '    metrics["x"] = batch["obs"]["privileged"].mean()\n', KeyError, "privileged"),
     "a network that no optimizer has": (
         PARTS,

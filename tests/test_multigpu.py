@@ -253,6 +253,18 @@ def test_every_rank_ends_and_names_the_one_that_failed(name, failing):
             assert "Traceback" not in errors and last.startswith("error: ") and message in last, errors
 
 
+@pytest.mark.parametrize("rank, message", [(1, "timed out"), (0, "1/2 clients joined")])
+def test_a_rank_that_never_comes(rank, message, tmp_path):
+    """The other one waits for it as long as for an answer, and says so in one line."""
+    environ = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    command = [sys.executable, SCRIPT, *TINY, "--env", "cartpole", "--log-root", "", "--rank-timeout", "4"]
+    begun = time.monotonic()
+    run = subprocess.run(command, env=os.environ | environ, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    last = run.stderr.splitlines()[-1]
+    assert run.returncode == 1 and last.startswith("error: ") and message in last, run.stderr
+    assert "Traceback" not in run.stderr and time.monotonic() - begun < 40
+
+
 def test_rank_0_saves_last(failing):
     """Where its checkpoint is, all ranks' are: none of the iteration in which a rank was lost before it had saved."""
     finish(failing["kill while it saves"])

@@ -36,6 +36,7 @@ REFUSED = [
     (dict(learning_rate=math.nan), "--learning-rate nan: must be greater than 0, and finite"),
     (dict(clip_actions=math.inf), "--clip-actions inf: must be greater than 0, and finite"),
     (dict(entropy_coef=-math.inf), "--entropy-coef -inf: must be finite"),
+    (dict(seed=-1), "--seed -1: must not be negative"),
     (dict(value_loss_coef=-1.0), "--value-loss-coef -1.0: must not be negative"),
     (dict(action_range=(-1.0, math.nan)), "--action-range (-1.0, nan): must be finite"),
     (dict(gamma=1.5), "--gamma 1.5: must lie between 0 and 1"),
@@ -56,6 +57,7 @@ REFUSED = [
     (dict(env="no_such_package.module:make"), "--env no_such_package.module:make: cannot be imported as package.module:name"),
     (dict(env="toy:nothing"), "--env toy:nothing: cannot be imported as package.module:name"),
     (dict(logger="tensorbord", log_root="logs"), "--logger tensorbord: cannot be imported as package.module:name"),
+    (dict(resume=True, wandb_run_path="none"), "--wandb-run-path none: cannot be read"),
     (dict(resume=True), "--checkpoint : no such file, neither here nor in a run of "),
     (dict(resume=True, checkpoint="nowhere/model_1.pt"), "--checkpoint nowhere/model_1.pt: no such file, neither here nor in"),
 ]

@@ -276,6 +276,7 @@ MUTATED = {  # where in the checkpoint, what stands there instead, and what is s
     "weights in words": (("critic_state_dict", "mlp.0.bias"), "zeros", "critic differs"),
     "an optimizer of another kind": (("optimizer_state_dict", "param_groups"), [], "optimizer differs"),
     "moments of another shape": (("optimizer_state_dict", "state", 2, "exp_avg"), torch.zeros(3), "optimizer differs"),
+    "a moment that is missing": (("optimizer_state_dict", "state", 2), {"step": torch.zeros(())}, "optimizer differs"),
     "moments in words": (("optimizer_state_dict", "state", 2, "exp_avg_sq"), "zeros", "optimizer differs"),
     "a random state that is none": (("resume", "rng"), torch.zeros(3), "its run cannot be continued"),
     "an environment of another shape": (

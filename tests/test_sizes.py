@@ -12,15 +12,15 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 967,
-    "tokens of the base": 10_923,
-    "tokens of the base above the fence": 4782,
-    "code lines of the distillation": 1079,
-    "tokens of the distillation": 12_542,
-    "tokens of the distillation above the fence": 6401,
+    "code lines of the base": 969,
+    "tokens of the base": 10_944,
+    "tokens of the base above the fence": 4637,
+    "code lines of the distillation": 1083,
+    "tokens of the distillation": 12_585,
+    "tokens of the distillation above the fence": 6278,
     "tokens of a variant beyond the base's": 1100,
-    "tokens of the five variants beyond the base's": 4500,
-    "tokens of all seven, below the fence counted once": 45_727,
+    "tokens of the five variants beyond the base's": 4512,
+    "tokens of all seven, below the fence counted once": 45_000,
     "tokens per code line": 13,
     "characters per line": 110,
 }
