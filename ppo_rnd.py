@@ -253,7 +253,7 @@ class EmpiricalNormalization(nn.Module):
 
     def update(self, x: Tensor):
         """Merge the moments of a batch x (B, O): Chan et al. 1983, in rsl_rl's order of operations."""
-        batch_size = torch.where(self.count < self.until, len(x), 0)
+        batch_size = (self.count < self.until) * len(x)
         mean = x.mean(dim=0, keepdim=True)  # (1, O)
         var = x.var(dim=0, unbiased=False, keepdim=True)
         self.count += batch_size
@@ -468,8 +468,9 @@ def make_agent(env: VecEnv, obs: TensorDict, args: Args) -> SimpleNamespace:
     parameters = list(nn.ModuleList([actor, critic]).parameters())  # what both share counts once
     agent.optimizer = make_optimizer(args.optimizer, parameters, args.learning_rate, args.device)
     agent.rnd = RandomNetworkDistillation(obs, args).to(obs.device)
-    learned = agent.rnd.predictor.parameters()  # rsl_rl: always by Adam, and never clipped
-    agent.rnd_optimizer = make_optimizer("adam", learned, args.rnd_learning_rate, args.device)
+    agent.rnd_optimizer = make_optimizer(  # rsl_rl: always Adam, and never clipped
+        "adam", agent.rnd.predictor.parameters(), args.rnd_learning_rate, args.device
+    )
     return agent
 
 
@@ -549,10 +550,9 @@ def collect(env: VecEnv, agent: SimpleNamespace, storage: TensorDict, policy_ste
     write(rows[-1], values=agent.critic(rows[-1]["obs"]).squeeze(-1))
     metrics = {name: torch.cat(values).mean() for name, values in logs.items()}
     metrics["Rnd/weight"] = rnd_weight(env, rows[-1]["steps"], args).mean()
-    bonus = (
-        storage["intrinsic_return"] + storage["intrinsic_rewards"]
-    )  # of episodes; rsl_rl: in mean_reward too
-    metrics["Rnd/mean_intrinsic_reward"] = bonus.where(storage["dones"], math.nan)[:-1].nanmean()
+    # Of the episodes that have ended. rsl_rl: it is in Train/mean_reward too.
+    bonus = (storage["intrinsic_return"] + storage["intrinsic_rewards"]).where(storage["dones"], math.nan)
+    metrics["Rnd/mean_intrinsic_reward"] = bonus[:-1].nanmean()
     return metrics | episode_metrics(storage[:-1])
 
 
@@ -600,8 +600,8 @@ def intrinsic_reward(env, rnd, row: TensorDict, next_row: TensorDict, extras, ar
 def compute_gae(storage: TensorDict, args: Args) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimate: advantages and returns, (T, N) each."""
     values = storage["values"]
-    rewards = storage["rewards"][:-1] + storage["intrinsic_rewards"][:-1]
-    rewards = rewards + args.gamma * storage["bootstrap"][:-1]
+    rewards = (storage["rewards"] + storage["intrinsic_rewards"])[:-1]
+    rewards += args.gamma * storage["bootstrap"][:-1]
     discount = args.gamma * ~storage["dones"][:-1]  # nothing flows back from the next episode
     # delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t); E[delta] = A            arXiv:1506.02438 eq. 10
     advantages = rewards + discount * values[1:] - values[:-1]
