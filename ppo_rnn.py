@@ -765,6 +765,8 @@ def check_settings(args):
                 raise wrong(args, name, "must not be negative")
     if args.action_range[0] >= args.action_range[1]:
         raise wrong(args, "action_range", "the first number must be the smaller one")
+    if args.logger not in ("tensorboard", "wandb", "none"):
+        find(args, "logger")
 
 
 def check_groups(obs, args, kinds):

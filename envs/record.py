@@ -134,7 +134,7 @@ class Record:
                 axis.plot(times, values, style, color=COLOURS[label], linewidth=1.3, label=label)
             axis.set_ylabel(name)
             axis.grid(alpha=0.3)
-        axes[0].legend(loc="upper right", ncols=2, frameon=False)
+        axes[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False)  # above: it hides nothing
         axes[-1].set_xlabel("time [s]")
         self.finish(figure, f"{self.path}.png")
 

@@ -56,7 +56,7 @@ REFUSED = [
     (dict(env="cartpol"), "--env cartpol: there is no such environment; there are quadruped, quadruped-rough, cartpole"),
     (dict(env="no_such_package.module:make"), "--env no_such_package.module:make: cannot be imported as package.module:name"),
     (dict(env="toy:nothing"), "--env toy:nothing: cannot be imported as package.module:name"),
-    (dict(logger="tensorbord", log_root="logs"), "--logger tensorbord: cannot be imported as package.module:name"),
+    (dict(logger="tensorbord"), "--logger tensorbord: cannot be imported as package.module:name"),
     (dict(resume=True, wandb_run_path="none"), "--wandb-run-path none: cannot be read"),
     (dict(resume=True), "--checkpoint : no such file, neither here nor in a run of "),
     (dict(resume=True, checkpoint="nowhere/model_1.pt"), "--checkpoint nowhere/model_1.pt: no such file, neither here nor in"),
