@@ -35,8 +35,14 @@ def size(text: str) -> tuple[int, int]:
     """Code lines and tokens."""
     strings = [x for x in ast.walk(ast.parse(text)) if isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant)]
     docs = {line for x in strings if isinstance(x.value.value, str) for line in range(x.lineno, x.end_lineno + 1)}
-    tokens = [x for x in tokenize.generate_tokens(io.StringIO(text).readline) if x.start[0] not in docs]
-    tokens = [x for x in tokens if tokenize.tok_name[x.type] not in FREE]
+    tokens, depth = [], 0
+    for x in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind = tokenize.tok_name[x.type]
+        depth -= kind == "FSTRING_END"
+        # One token, as up to Python 3.11: since then an f-string comes in its parts.
+        if x.start[0] not in docs and kind not in (*FREE, "FSTRING_END") and depth == 0:
+            tokens.append(x)
+        depth += kind == "FSTRING_START"
     return len({line for x in tokens for line in range(x.start[0], x.end[0] + 1)}), len(tokens)
 
 
@@ -93,6 +99,7 @@ def test_what_is_counted():
     assert size(TEXT) == (7, 3 + 7 + 4)
     assert size(TEXT.replace("# one", "# another")) == size(TEXT)
     assert size(TEXT.replace("1", "1 + 1")) == (7, 16)
+    assert size(TEXT.replace("1", 'f"{x + 1} of {f(2)!r}"')) == size(TEXT)
     fenced = f"x = 1\n{FENCE} ===\ny = 2\n"
     assert size(fenced) == (2, 6) and above(fenced) == "x = 1\n"
 
