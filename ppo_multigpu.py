@@ -900,7 +900,8 @@ def graphed(args, env, collect, act, update):
 
 
 class Graphed:
-    """fn; from its fourth call with the same arguments on, all its kernels in one launch.
+    """fn; from its fourth call with the same arguments on, all its kernels in one launch. The first makes
+    what stays (moments, cuDNN's plans, what is compiled), the next two are watched.
 
     A graph knows memory and numbers as they were at its recording: write in place, and keep what changes in
     tensors. Other objects, settings or numbers are other arguments. The next call overwrites the result.
@@ -965,7 +966,7 @@ class Graphed:
 class Numbers(torch.utils._python_dispatch.TorchDispatchMode):
     """Notes the numbers that each kernel is called with, and where one is not as `before`."""
 
-    host = "cpu"
+    host = "cpu"  # a scalar that lives here is passed to the device's kernels by its value
 
     def __init__(self, before):
         super().__init__()
@@ -1071,12 +1072,13 @@ def as_vec_env(env):
 
 
 def draw_episode_lengths(env):
+    """As if each environment were somewhere in its episode already; one without a time limit is nowhere."""
     if env.max_episode_length < math.inf:
         env.episode_length_buf = torch.randint_like(env.episode_length_buf, int(env.max_episode_length))
 
 
 def take_step(env, actions):
-    """env.step; wrappers return arrays, (N, 1), None."""
+    """Step the environment. Wrappers return arrays for tensors, and None where they have nothing to tell."""
     result = env.step(actions.to(env.device))
     with blaming("env.step must return observations, rewards, dones, extras: envs/vec_env.py"):
         obs, rewards, dones, extras = result
@@ -1096,7 +1098,10 @@ def read_obs(obs, args):
 
 
 def write(row, **values):
-    """In place: a captured graph sees this memory alone, and a simulator may reuse its own."""
+    """In place: a captured graph sees this memory alone, and a simulator may reuse its own.
+
+    Shapes are compared, since copy_ would spread a scalar or a column over all; (N, 1) is taken for (N,).
+    """
     for name, x in values.items():
         x, stored = torch.as_tensor(x), row[name]
         if x.shape not in (stored.shape, (*stored.shape, 1)):
@@ -1159,12 +1164,13 @@ def keep_run(env, storage, run_dir, args, *to_close):
 
 
 def parts_of(agent):
-    """What a checkpoint holds of the agent, in this order: whatever has a state."""
-    return {name: part for name, part in vars(agent).items() if hasattr(part, "state_dict")}
+    """What a checkpoint holds of the agent, in this order: tensors, and whatever has a state."""
+    return {name: x for name, x in vars(agent).items() if isinstance(x, Tensor) or hasattr(x, "state_dict")}
 
 
 def state_of(agent):
-    return {f"{name}_state_dict": part.state_dict() for name, part in parts_of(agent).items()}
+    parts = parts_of(agent).items()
+    return {f"{name}_state_dict": x if isinstance(x, Tensor) else x.state_dict() for name, x in parts}
 
 
 def describe_nan(iteration, storage, run_dir):
@@ -1203,7 +1209,7 @@ def log_iteration(metrics, times, samples, iteration, args, writer):
     return metrics
 
 
-SCRIPT = Path(globals().get("__file__", "notebook"))  # where there is none
+SCRIPT = Path(globals().get("__file__", "notebook"))  # a notebook has no __file__
 
 
 def experiment_dir(args):
@@ -1219,8 +1225,10 @@ def make_run_dir(args, env):
     run_dir = experiment_dir(args) / re.sub(r"[^\w.-]+", "_", f"{stamp}_{args.run_name}")[:200].strip("_")
     try:
         run_dir.mkdir(parents=True)
-    except FileExistsError:  # of another run that started in the same microsecond
-        return make_run_dir(args, env)
+    except FileExistsError:
+        if not run_dir.exists():  # a link that leads nowhere
+            raise
+        return make_run_dir(args, env)  # another run has started in the same microsecond
     for name, value in (("args", asdict(args)), ("env", getattr(env, "cfg", None))):
         (run_dir / f"{name}.txt").write_text(pprint.pformat(value, sort_dicts=False))
     if SCRIPT.is_file():
@@ -1270,7 +1278,7 @@ def save(path, state, env, storage, iteration, args, whole=True):
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if storage.is_cuda else None,
         "env": env.state_dict() if whole and hasattr(env, "state_dict") else None,
-        "started": path.parent.name,
+        "started": path.parent.name,  # the folder may be renamed
         "wandb": sys.modules["wandb"].run.id if args.logger == "wandb" else None,
     }
     partial = path.with_suffix(".partial")
@@ -1362,6 +1370,8 @@ def read_checkpoint(path, device=None):
 def restore(part, checkpoint, name, path):
     with blaming(f"--checkpoint {path}: {name} differs"):
         state = checkpoint[f"{name}_state_dict"]
+        if isinstance(part, Tensor):
+            return write({name: part}, **{name: state})
         for own, group in zip(getattr(part, "param_groups", ()), state.get("param_groups", ())):
             own["lr"].fill_(float(group["lr"]))  # rsl_rl saves a float
             group.update(own, params=group["params"])  # the rest, `fused` and so on, is this device's

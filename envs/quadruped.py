@@ -163,7 +163,7 @@ class Quadruped(TorchEnv):
         terrain: "flat", or "rough": slopes, waves and stairs, harder as the robot gets better (`terrain_level` 0 to 9).
         play: no sensor noise, no pushes, and no curriculum: the terrain levels are spread evenly and stay.
         terminations: False: a fall does not end the episode.
-        compile: compile the step; half a minute at the first one, and a fifth of the kernels on a GPU.
+        compile: compile the step, which makes far fewer kernels of it; the first one takes long.
     """
 
     capturable = True

@@ -268,6 +268,36 @@ def test_two_runs_of_one_microsecond(monkeypatch):
     assert [folder.name for folder in folders] == ["2026-10-25_01-30-00-000000", "2026-10-25_01-30-00-000001"]
 
 
+def test_a_tensor_of_the_agents_own_is_resumed(monkeypatch):
+    """As of a schedule that somebody adds: how far it has come. It is restored in place, and another shape is refused."""
+    make_agent, update = module.make_agent, module.update
+
+    def with_progress(env, obs, args):
+        agent = make_agent(env, obs, args)
+        agent.progress = torch.zeros(())
+        return agent
+
+    def count(agent, storage, args):
+        agent.progress += 1.0
+        return update(agent, storage, args)
+
+    monkeypatch.setattr(module, "make_agent", with_progress)
+    monkeypatch.setattr(module, "update", count)
+    first = module.train(args_of(max_iterations=3), make("cartpole", 16))
+    resumed = module.train(args_of(max_iterations=5, resume=True), make("cartpole", 16))
+    assert first.agent.progress == 3 and resumed.agent.progress == 5
+    path = resumed.run_dir / "model_4.pt"
+    torch.save(torch.load(path, weights_only=True) | {"progress_state_dict": torch.zeros(2)}, path)
+    with pytest.raises(module.UserError, match=r"progress has the shape \(2,\), must have \(\)"):
+        module.train(args_of(max_iterations=6, resume=True), make("cartpole", 16))
+
+
+def test_a_folder_that_is_a_link_to_nowhere():
+    pathlib.Path("logs").symlink_to("gone")
+    with pytest.raises(OSError, match="logs"):
+        module.make_run_dir(args_of(), toy.Toy(8))
+
+
 MUTATED = {  # where in the checkpoint, what stands there instead, and what is said
     "no policy": (("actor_state_dict",), None, "actor differs"),
     "an iteration in words": (("iter",), "two", "is no whole checkpoint"),

@@ -12,11 +12,11 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 971,
-    "tokens of the base": 10_964,
+    "code lines of the base": 976,
+    "tokens of the base": 11_016,
     "tokens of the base above the fence": 4637,
-    "code lines of the distillation": 1085,
-    "tokens of the distillation": 12_605,
+    "code lines of the distillation": 1090,
+    "tokens of the distillation": 12_657,
     "tokens of the distillation above the fence": 6278,
     "tokens of a variant beyond the base's": 1100,
     "tokens of the five variants beyond the base's": 4500,
