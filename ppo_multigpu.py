@@ -17,7 +17,7 @@ Differs from ppo_continuous.py:
 - Args: rank_timeout, normalize_advantage_over_ranks
 - average, gather: new; mean and values over the ranks
 - EmpiricalNormalization, compute_gae, backward, adapt_learning_rate: average over the ranks
-- on_all_ranks, same_for_all, average_metrics: new
+- on_all_ranks, limit, patiently, same_for_all, average_metrics: new
 - train: every rank has a seed and a folder of its own; rank 0 alone prints, logs and exports
 """
 
@@ -38,10 +38,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -152,8 +154,8 @@ class Args:
     """Seconds to wait for another rank before this one gives up."""
     mixed_precision: bool = False
     """Run the networks of the update in bfloat16; distributions and losses stay in float32."""
-    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """`high` lets CUDA multiply in TF32."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """Of matrix products on a GPU: `high` is TF32, as Isaac Lab and mjlab train; `highest` is float32."""
 
     experiment_name: str = ""
     """Folder of this experiment's runs; default: script and environment."""
@@ -630,10 +632,28 @@ def gather(value) -> list:
     return values
 
 
+def patiently(mine, fn, *arguments):
+    """Save or film, if it is this rank's turn. However long that takes, the others see that it lives."""
+    done = threading.Event()
+
+    def show():
+        while any(gather(not done.wait(1.0))):
+            pass
+
+    with ThreadPoolExecutor() as pool:
+        shown = pool.submit(show)
+        try:
+            if mine:
+                fn(*arguments)
+        finally:
+            done.set()
+    shown.result()
+
+
 def same_for_all(agent: SimpleNamespace, obs: TensorDict, start: int, args: Args):
     """Refuse ranks that differ from rank 0; then start from its weights."""
     own = {"observations": {group: tuple(x.shape) for group, x in obs.items()}, "start": start} | vars(args)
-    for name in ("seed", "logger", "video_interval", "checkpoint", "device"):  # may differ
+    for name in ("seed", "logger", "checkpoint", "device"):  # may differ
         own.pop(name)
     first, *others = gather(own)
     for rank, other in enumerate(others, 1):
@@ -654,6 +674,22 @@ def average_metrics(metrics: dict[str, float]) -> dict[str, float]:
     }
 
 
+@contextlib.contextmanager
+def limit(seconds: float):
+    """End the process if this takes longer: a store whose host is frozen answers nobody, without an end."""
+
+    def give_up():
+        print("error: rank 0 does not answer, whose host keeps the store", file=sys.stderr)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def on_all_ranks(train):
     """Run `train` as one of torchrun's ranks, or as a world of one. If a rank fails, all stop and name it."""
 
@@ -662,7 +698,9 @@ def on_all_ranks(train):
         check_args(args)
         timeout, store, rank, world_size = timedelta(seconds=args.rank_timeout), dist.HashStore(), 0, 1
         if "RANK" in os.environ:
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout / 2))  # it tries twice
+            with limit(args.rank_timeout + 5.0):
+                # It tries twice.
+                store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout / 2))
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         room = dist.PrefixStore(restarts, store)  # without what was written before a restart
         if restarts > "0" and args.log_root:
@@ -671,8 +709,8 @@ def on_all_ranks(train):
                 find_checkpoint(again)
                 args = again
         # A seed of its own, else all ranks would live through the same.
-        own = replace(args, seed=args.seed + 10_000 * rank)
-        own = replace(own, logger="none", video_interval=0) if rank else own
+        logger = "none" if rank else args.logger
+        own = replace(args, seed=args.seed + 10_000 * rank, logger=logger)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             dist.init_process_group(backend, timeout=timeout, store=room, rank=rank, world_size=world_size)
@@ -690,7 +728,7 @@ def on_all_ranks(train):
                 dist.destroy_process_group()  # closes the connections: no other rank waits for this one
             lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # through another rank's fault
             fault, missing = "rank 0 does not answer, whose host keeps the store", []
-            with contextlib.suppress(dist.DistError):
+            with limit(15.0), contextlib.suppress(dist.DistError):
                 if rank:  # a new connection: where the link is cut the old one would wait for ever
                     next(dist.rendezvous("env://", timeout=timedelta(seconds=5)))
                 room.set(f"here {rank}", "")
@@ -722,7 +760,7 @@ def train(args: Args, env: VecEnv | None = None) -> History:
     own = None if env else make_env(args)
     env = as_vec_env(env or own)
     obs = env.get_observations()
-    args = choose_groups(obs, replace(args, num_envs=env.num_envs))
+    args = choose_groups(obs, replace(args, num_envs=int(env.num_envs)))
     check_args(args)  # again, with the environment's own size
     obs = read_obs(obs, args)
     agent = make_agent(env, obs, args)
@@ -758,16 +796,14 @@ def train(args: Args, env: VecEnv | None = None) -> History:
             if metrics.pop("Loss/finite") < 1.0:
                 faults = gather(f"rank {rank}: {describe_nan(iteration, storage, run_dir)}")
                 raise FloatingPointError(min(faults, key=lambda fault: "was read is finite" in fault))
-            history.append(log_iteration(metrics, times, samples, iteration, args, writer))
+            history.append(log_iteration(agent, metrics, times, samples, iteration, args, writer))
             last = stop or iteration == args.max_iterations - 1
             if run_dir and (last or iteration % args.save_interval == 0):
-                if rank == 0:
-                    dist.barrier()  # rank 0 saves last: where its file is, all are
-                save(run_dir / f"model_{iteration}.pt", state_of(agent), env, storage, iteration, args)
-                if rank:
-                    dist.barrier()
+                path = run_dir / f"model_{iteration}.pt"
+                for turn in (rank > 0, rank == 0):  # rank 0 saves last: where its file is, all are
+                    patiently(turn, save, path, state_of(agent), env, storage, iteration, args)
             if run_dir and args.video_interval and (last or iteration % args.video_interval == 0):
-                attempt(film, agent, run_dir / f"video_{iteration}", args)
+                patiently(rank == 0, attempt, film, agent, run_dir / f"video_{iteration}", args)
             if last:
                 break
     if run_dir and rank == 0:
@@ -811,6 +847,9 @@ def check_settings(args):
         low = 0 if re.match(positive, name) else -math.inf
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise wrong(args, name, f"choose from {', '.join(get_args(kind))}")
+        kinds = (kind, int) if kind is float else (kind,)
+        if kind in (str, bool, int, float) and type(value) not in kinds:
+            raise wrong(args, name, f"must be {kind.__name__}, not {type(value).__name__}")
         for x in value if isinstance(value, (tuple, list)) else [value]:
             if type(x) not in (str, bool, int, float, dict, type(None)):
                 raise wrong(args, name, f"a checkpoint cannot hold a {type(x).__name__}")
@@ -852,8 +891,9 @@ def set_up_torch(args):
         torch.cuda.set_device(device)
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(args.seed % 2**32)  # numpy's range
-    torch.set_float32_matmul_precision(args.float32_matmul_precision)
-    torch.backends.cudnn.allow_tf32 = args.float32_matmul_precision != "highest"  # convolutions and RNNs
+    precision = args.float32_matmul_precision if device.startswith("cuda") else "highest"
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"  # convolutions and RNNs
     return replace(args, device=device)
 
 
@@ -1083,6 +1123,8 @@ def take_step(env, actions):
     with blaming("env.step must return observations, rewards, dones, extras: envs/vec_env.py"):
         obs, rewards, dones, extras = result
         rewards, dones, extras = torch.as_tensor(rewards), torch.as_tensor(dones), dict(extras or {})
+        if dones.is_floating_point():
+            rewards = rewards + 0.0 * dones  # a NaN is no done: it ends the run, found in the rewards
         if extras.get("time_outs") is None:
             extras["time_outs"] = torch.zeros_like(dones)
         time_outs = torch.as_tensor(extras["time_outs"]).to(actions.device).bool()
@@ -1192,14 +1234,15 @@ def describe_nan(iteration, storage, run_dir):
     return message
 
 
-def log_iteration(metrics, times, samples, iteration, args, writer):
+def log_iteration(agent, metrics, times, samples, iteration, args, writer):
     """Everything to the writer and, a line for each kind, to the console."""
+    agent.env_steps += samples
     collection, learning = (seconds_between(*pair) for pair in zip(times, times[1:]))
     metrics |= {"Perf/collection_time": collection, "Perf/learning_time": learning}
     metrics["Perf/total_fps"] = samples / (collection + learning)
     eta = timedelta(seconds=round((args.max_iterations - iteration - 1) * (collection + learning)))
-    steps, lines = (iteration + 1) * samples, {}
-    print(f"\niteration {iteration}/{args.max_iterations}  {steps:,} env steps  ETA {eta}")
+    lines = {}
+    print(f"\niteration {iteration}/{args.max_iterations}  {agent.env_steps:,} env steps  ETA {eta}")
     for tag, value in metrics.items():
         kind, name = tag.split("/", 1)
         lines[kind] = lines.get(kind, f"  {kind:8s}") + f" {name} {value:.4g} "
@@ -1233,12 +1276,18 @@ def make_run_dir(args, env):
         (run_dir / f"{name}.txt").write_text(pprint.pformat(value, sort_dicts=False))
     if SCRIPT.is_file():
         shutil.copy(SCRIPT, run_dir)
-    # Nothing that a repository's configuration names is run.
-    git = "git --no-optional-locks -c core.fsmonitor=false"
-    command = f"{git} rev-parse HEAD && {git} diff --no-ext-diff --no-textconv --ignore-submodules HEAD"
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        git = subprocess.run(command, shell=True, capture_output=True, cwd=SCRIPT.parent, timeout=10)
-        (run_dir / "git.diff").write_bytes(git.stdout)
+    command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false"]
+
+    def git(*words):
+        options = dict(capture_output=True, cwd=SCRIPT.parent, timeout=10)
+        return subprocess.run([*command, *words], **options).stdout
+
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+        # Nothing that a repository's configuration names is run.
+        for name in git("config", "--name-only", "--get-regexp", "^filter").decode().splitlines():
+            command += ["-c", f"{name}="]
+        changes = git("diff", "--no-ext-diff", "--no-textconv", "--ignore-submodules", "HEAD")
+        (run_dir / "git.diff").write_bytes(git("rev-parse", "HEAD") + changes)
     print(f"this run is kept in {run_dir}")
     return run_dir
 
@@ -1304,9 +1353,9 @@ def find_checkpoint(args):
     folder, pattern = experiment_dir(args), args.checkpoint or "model_*.pt"
     paths = glob.glob(args.checkpoint) or folder.glob(f"*/{pattern}")
     if args.wandb_run_path:
-        import wandb
-
         with blaming(f"--wandb-run-path {args.wandb_run_path}: cannot be read"):
+            import wandb
+
             run = wandb.Api().run(args.wandb_run_path)
             files = [file for file in run.files() if Path(file.name).match(pattern) and "/" not in file.name]
         folder = folder / "wandb" / re.sub(r"\W", "_", run.id)
@@ -1384,11 +1433,13 @@ def restore(part, checkpoint, name, path):
 
 def load(agent, env, storage, args):
     """Continue a run (--resume) or start from a policy (--checkpoint); returns the first iteration to do."""
+    agent.env_steps = torch.tensor(0)  # of all runs that this one continues
     if not (args.resume or args.checkpoint or args.wandb_run_path):
         return 0
     path = find_checkpoint(args)
     checkpoint = read_checkpoint(path, args.device)
     resume, start = checkpoint["resume"], checkpoint["iter"] + 1
+    checkpoint.setdefault("env_steps_state_dict", start * args.num_envs * args.num_steps_per_env)  # rsl_rl's
     for name, value in resume["args"].items():  # what does not always show in the tensors
         network = re.match("activation|distribution|std_type|action_range|cnn_|rnn_", name)
         if network and value != getattr(args, name, value):

@@ -163,8 +163,8 @@ class Args:
     """On CUDA: replay the rollout (of a simulator: each policy step) and the update as CUDA graphs."""
     mixed_precision: bool = False
     """Run the networks of the update in bfloat16; distributions and losses stay in float32."""
-    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """`high` lets CUDA multiply in TF32."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """Of matrix products on a GPU: `high` is TF32, as Isaac Lab and mjlab train; `highest` is float32."""
 
     experiment_name: str = ""
     """Folder of this experiment's runs; default: script and environment."""
@@ -701,7 +701,7 @@ def train(args: Args, env: VecEnv | None = None) -> History:
     own = None if env else make_env(args)
     env = as_vec_env(env or own)
     obs = env.get_observations()
-    args = choose_groups(obs, replace(args, num_envs=env.num_envs))
+    args = choose_groups(obs, replace(args, num_envs=int(env.num_envs)))
     check_args(args)  # again, with the environment's own size
     obs = read_obs(obs, args)
     agent = make_agent(env, obs, args)
@@ -729,7 +729,7 @@ def train(args: Args, env: VecEnv | None = None) -> History:
             metrics = to_host(metrics)  # the iteration's only wait for the device
             if metrics.pop("Loss/finite") < 1.0:
                 raise FloatingPointError(describe_nan(iteration, storage, run_dir))
-            history.append(log_iteration(metrics, times, samples, iteration, args, writer))
+            history.append(log_iteration(agent, metrics, times, samples, iteration, args, writer))
             last = bool(run.stop) or iteration == args.max_iterations - 1
             if run_dir and (last or iteration % args.save_interval == 0):
                 save(run_dir / f"model_{iteration}.pt", state_of(agent), env, storage, iteration, args)
@@ -778,6 +778,9 @@ def check_settings(args):
         low = 0 if re.match(positive, name) else -math.inf
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise wrong(args, name, f"choose from {', '.join(get_args(kind))}")
+        kinds = (kind, int) if kind is float else (kind,)
+        if kind in (str, bool, int, float) and type(value) not in kinds:
+            raise wrong(args, name, f"must be {kind.__name__}, not {type(value).__name__}")
         for x in value if isinstance(value, (tuple, list)) else [value]:
             if type(x) not in (str, bool, int, float, dict, type(None)):
                 raise wrong(args, name, f"a checkpoint cannot hold a {type(x).__name__}")
@@ -819,8 +822,9 @@ def set_up_torch(args):
         torch.cuda.set_device(device)
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(args.seed % 2**32)  # numpy's range
-    torch.set_float32_matmul_precision(args.float32_matmul_precision)
-    torch.backends.cudnn.allow_tf32 = args.float32_matmul_precision != "highest"  # convolutions and RNNs
+    precision = args.float32_matmul_precision if device.startswith("cuda") else "highest"
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"  # convolutions and RNNs
     return replace(args, device=device)
 
 
@@ -1050,6 +1054,8 @@ def take_step(env, actions):
     with blaming("env.step must return observations, rewards, dones, extras: envs/vec_env.py"):
         obs, rewards, dones, extras = result
         rewards, dones, extras = torch.as_tensor(rewards), torch.as_tensor(dones), dict(extras or {})
+        if dones.is_floating_point():
+            rewards = rewards + 0.0 * dones  # a NaN is no done: it ends the run, found in the rewards
         if extras.get("time_outs") is None:
             extras["time_outs"] = torch.zeros_like(dones)
         time_outs = torch.as_tensor(extras["time_outs"]).to(actions.device).bool()
@@ -1159,14 +1165,15 @@ def describe_nan(iteration, storage, run_dir):
     return message
 
 
-def log_iteration(metrics, times, samples, iteration, args, writer):
+def log_iteration(agent, metrics, times, samples, iteration, args, writer):
     """Everything to the writer and, a line for each kind, to the console."""
+    agent.env_steps += samples
     collection, learning = (seconds_between(*pair) for pair in zip(times, times[1:]))
     metrics |= {"Perf/collection_time": collection, "Perf/learning_time": learning}
     metrics["Perf/total_fps"] = samples / (collection + learning)
     eta = timedelta(seconds=round((args.max_iterations - iteration - 1) * (collection + learning)))
-    steps, lines = (iteration + 1) * samples, {}
-    print(f"\niteration {iteration}/{args.max_iterations}  {steps:,} env steps  ETA {eta}")
+    lines = {}
+    print(f"\niteration {iteration}/{args.max_iterations}  {agent.env_steps:,} env steps  ETA {eta}")
     for tag, value in metrics.items():
         kind, name = tag.split("/", 1)
         lines[kind] = lines.get(kind, f"  {kind:8s}") + f" {name} {value:.4g} "
@@ -1200,12 +1207,18 @@ def make_run_dir(args, env):
         (run_dir / f"{name}.txt").write_text(pprint.pformat(value, sort_dicts=False))
     if SCRIPT.is_file():
         shutil.copy(SCRIPT, run_dir)
-    # Nothing that a repository's configuration names is run.
-    git = "git --no-optional-locks -c core.fsmonitor=false"
-    command = f"{git} rev-parse HEAD && {git} diff --no-ext-diff --no-textconv --ignore-submodules HEAD"
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        git = subprocess.run(command, shell=True, capture_output=True, cwd=SCRIPT.parent, timeout=10)
-        (run_dir / "git.diff").write_bytes(git.stdout)
+    command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false"]
+
+    def git(*words):
+        options = dict(capture_output=True, cwd=SCRIPT.parent, timeout=10)
+        return subprocess.run([*command, *words], **options).stdout
+
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+        # Nothing that a repository's configuration names is run.
+        for name in git("config", "--name-only", "--get-regexp", "^filter").decode().splitlines():
+            command += ["-c", f"{name}="]
+        changes = git("diff", "--no-ext-diff", "--no-textconv", "--ignore-submodules", "HEAD")
+        (run_dir / "git.diff").write_bytes(git("rev-parse", "HEAD") + changes)
     print(f"this run is kept in {run_dir}")
     return run_dir
 
@@ -1271,9 +1284,9 @@ def find_checkpoint(args):
     folder, pattern = experiment_dir(args), args.checkpoint or "model_*.pt"
     paths = glob.glob(args.checkpoint) or folder.glob(f"*/{pattern}")
     if args.wandb_run_path:
-        import wandb
-
         with blaming(f"--wandb-run-path {args.wandb_run_path}: cannot be read"):
+            import wandb
+
             run = wandb.Api().run(args.wandb_run_path)
             files = [file for file in run.files() if Path(file.name).match(pattern) and "/" not in file.name]
         folder = folder / "wandb" / re.sub(r"\W", "_", run.id)
@@ -1351,11 +1364,13 @@ def restore(part, checkpoint, name, path):
 
 def load(agent, env, storage, args):
     """Continue a run (--resume) or start from a policy (--checkpoint); returns the first iteration to do."""
+    agent.env_steps = torch.tensor(0)  # of all runs that this one continues
     if not (args.resume or args.checkpoint or args.wandb_run_path):
         return 0
     path = find_checkpoint(args)
     checkpoint = read_checkpoint(path, args.device)
     resume, start = checkpoint["resume"], checkpoint["iter"] + 1
+    checkpoint.setdefault("env_steps_state_dict", start * args.num_envs * args.num_steps_per_env)  # rsl_rl's
     for name, value in resume["args"].items():  # what does not always show in the tensors
         network = re.match("activation|distribution|std_type|action_range|cnn_|rnn_", name)
         if network and value != getattr(args, name, value):

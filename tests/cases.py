@@ -119,10 +119,10 @@ def build(name: str) -> tuple[Any, Any, Any]:
     return module, args, lambda: make(env_id, args.num_envs, seed=args.seed)
 
 
-def write_teacher(path: str, env: Any) -> None:
+def write_teacher(path: str, env: Any, groups=None) -> None:
     """A checkpoint in rsl_rl's format of an untrained teacher, TEACHER."""
     generator = torch.Generator().manual_seed(0)
-    size = sum(env.get_observations()[group].shape[1] for group in TEACHER.actor_obs)
+    size = sum(env.get_observations()[group].shape[1] for group in groups or TEACHER.actor_obs)
     sizes = [size, *TEACHER.actor_hidden_dims, env.num_actions]
     state = {"distribution.std_param": torch.ones(env.num_actions), "obs_normalizer._mean": torch.full((1, size), 0.1)}
     state |= {"obs_normalizer._var": torch.full((1, size), 0.25), "obs_normalizer._std": torch.full((1, size), 0.5)}

@@ -60,6 +60,8 @@ class Faulty(Cartpole):
                 raise RuntimeError("the simulator has crashed")
             elif self.kind == "hang":
                 time.sleep(60)
+            elif self.kind == "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
             elif self.kind == "obs":
                 obs["policy"][3] = torch.nan
             elif self.kind == "reward":
@@ -198,6 +200,8 @@ def run_rank(rank: int, world_size: int, folder: pathlib.Path, script, argv: lis
         module = load(script)
         if os.environ.get("NO_EXPORT"):  # which takes torch longer than all else here
             module.export_policy = lambda *_: None
+        if seconds := os.environ.get("FILM"):
+            module.film = lambda *_: time.sleep(float(seconds))
         module.main()
     else:
         torch.save(globals()[argv[0]](**argv[1]), f"{rank}.pt")

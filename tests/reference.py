@@ -114,7 +114,7 @@ def make_runner(args: Any, env: Any, log_dir: str | None = None, config: dict | 
     return runner
 
 
-def run(args: Any, env: Any, config: dict | None = None) -> tuple[list[dict[str, float]], Any]:
+def run(args: Any, env: Any, config: dict | None = None, device: str = "cpu") -> tuple[list[dict[str, float]], Any]:
     """Train `args.max_iterations` iterations; return each one's losses, learning rate and mean std, and the runner.
 
     Two things are changed. rsl_rl draws and discards an action sample in every mini-batch's forward pass, which only moves
@@ -122,7 +122,7 @@ def run(args: Any, env: Any, config: dict | None = None) -> tuple[list[dict[str,
     to float32 (`dones.float() * gamma`), which in a float64 run would be the only float32 number: there `.float()` means
     the default dtype.
     """
-    runner = make_runner(args, env, config=config)
+    runner = make_runner(args, env, config=config, device=device)
     history, algorithm = [], runner.alg
     update = algorithm.update
 

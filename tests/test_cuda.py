@@ -91,11 +91,12 @@ def test_one_graph_launch(part, monkeypatch):
     assert launches[0][1] > 100 and launches[-1] in ([(1, 4)] if part == "collect" else [(1, 0)]), launches
 
 
-def test_a_nan_leaves_the_weights(monkeypatch):
-    """Also where the iteration that goes wrong is a replay."""
+def test_a_nan_leaves_the_last_good_weights(monkeypatch, tmp_path):
+    """In the checkpoint of the iteration before, also where the one that goes wrong is a replay."""
     import ppo_continuous as module
 
-    env, args = make("cartpole", 16, device="cuda"), module.Args(env="cartpole", device="cuda", **cases.SHORT, max_iterations=9)
+    settings = cases.SHORT | dict(max_iterations=9, log_root=str(tmp_path), logger="none")
+    env, args = make("cartpole", 16, device="cuda"), module.Args(env="cartpole", device="cuda", **settings)
     agents, make_agent, to_host, calls, weights = [], module.make_agent, module.to_host, [], []
 
     def keep(*arguments):
@@ -105,7 +106,7 @@ def test_a_nan_leaves_the_weights(monkeypatch):
     def spoil(metrics):
         calls.append(1)
         if len(calls) == 4:  # what the next rollout starts from
-            weights.extend(p.detach().clone() for p in agents[0].actor.parameters())
+            weights.extend(p.detach().clone() for p in agents[0].actor.state_dict().values())
             for value in vars(env).values():
                 if torch.is_tensor(value) and value.is_floating_point():
                     value.fill_(math.nan)
@@ -115,7 +116,8 @@ def test_a_nan_leaves_the_weights(monkeypatch):
     monkeypatch.setattr(module, "to_host", spoil)
     with pytest.raises(FloatingPointError, match="iteration 4"):
         module.train(args, env)
-    assert all(torch.equal(p, before) for p, before in zip(agents[0].actor.parameters(), weights, strict=True))
+    saved = torch.load(next(tmp_path.rglob("model_3.pt")), map_location="cuda", weights_only=True)["actor_state_dict"]
+    assert all(torch.equal(x, before) for x, before in zip(saved.values(), weights, strict=True))
 
 
 def test_what_waits_is_not_captured(capsys):
@@ -135,7 +137,9 @@ def test_what_waits_is_not_captured(capsys):
         assert len(graph.graphs) == (function is never)
     where = f"{__file__}:{waits.__code__.co_firstlineno + 1} waits for the device"
     said = capsys.readouterr().out
-    assert results[-1].item() == y.item() == 8.0 and said.startswith(f"waits is no CUDA graph: {where}") and said.count("\n") == 1
+    assert (
+        results[-1].item() == y.item() == 8.0 and said.startswith(f"waits is no CUDA graph: {where}") and said.count("\n") == 1
+    )
 
 
 FORBIDDEN = """
@@ -150,7 +154,7 @@ def rollout(x):
 
 graph, x = script.Graphed(rollout, torch.cuda.graph_pool_handle()), torch.ones(1, device="cuda")
 try:
-    for _ in range(3):
+    for _ in range(4):
         graph(x)
 except script.UserError as error:
     print(error)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import cases
 import pytest
 import torch
 from rank_worker import SMALL, run_rank, weights_of
@@ -16,10 +17,25 @@ from torch.utils._pytree import tree_flatten_with_path
 
 import ppo_continuous
 import ppo_multigpu
+from envs.cartpole import Cartpole
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "ppo_multigpu.py"
 TINY = ["--num-envs", "16", "--actor-hidden-dims", "8", "--critic-hidden-dims", "8", "--no-env-defaults", "--device", "cpu"]
+
+
+STUDENT = ROOT / "distill_dagger.py"
+TINY_STUDENT = [
+    "--num-envs",
+    "16",
+    "--student-hidden-dims",
+    "8",
+    "--gradient-length",
+    "6",
+    "--no-env-defaults",
+    "--device",
+    "cpu",
+]
 
 
 def free_port() -> int:
@@ -214,6 +230,10 @@ FAULTS = {  # what goes wrong, flags, flags of the last rank, the line that says
     "kill of the rank that keeps the store": ("kill 0 50", [], [], "rank 0 does not answer"),
     "raise": ("raise 1 50", [], [], "rank 1 stopped: RuntimeError: the simulator has crashed"),
     "hang": ("hang 2 50", ["--rank-timeout", "3"], [], "rank 2 does not answer"),
+    "freeze": ("freeze 1 50", ["--rank-timeout", "3"], [], "rank 1 does not answer"),
+    "freeze of the rank that keeps the store": ("freeze 0 50", ["--rank-timeout", "3"], [], "rank 0 does not answer"),
+    "student: freeze": ("freeze 1 50", ["--rank-timeout", "3"], [], "rank 1 does not answer"),
+    "student: kill": ("kill 0 50", [], [], "rank 0 does not answer"),
     "obs": ("obs 1 50", [], [], "rank 1: iteration 2: obs policy of environment 3, column [0], is nan at step 2"),
     "reward": ("reward 1 50", [], [], "rank 1: iteration 2: rewards of environment 3, column [], is inf at step 1"),
     "other args": ("", [], ["--gamma", "0.9"], "rank 2 differs from rank 0: it has gamma 0.9 (rank 0: 0.99)"),
@@ -226,12 +246,16 @@ FAULTS = {  # what goes wrong, flags, flags of the last rank, the line that says
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory):
     """All faults at once, since most of the time their ranks wait for each other."""
-    processes = {}
+    processes, teacher = {}, str(tmp_path_factory.mktemp("teacher") / "model_0.pt")
+    cases.write_teacher(teacher, Cartpole(4), ["policy"])
     for name, (fault, argv, last_argv, _) in FAULTS.items():
-        argv = [*TINY, "--env", "rank_worker:make", "--log-root", "", "--max-iterations", "1000", *argv]
+        argv = ["--env", "rank_worker:make", "--log-root", "", "--max-iterations", "1000", *argv]
+        student = [*TINY_STUDENT, "--teacher", teacher] if name.startswith("student") else []
+        argv = [*(student or TINY), *argv]
         environ = {"FAULT": fault or "none 0 0"}
         world_size = 5 if name == "kill" else 3  # of five some do not speak with the lost one, and learn of it from others
-        processes[name] = start(world_size, SCRIPT, argv, environ, last_argv, tmp_path_factory.mktemp("fault"))
+        script = STUDENT if student else SCRIPT
+        processes[name] = start(world_size, script, argv, environ, last_argv, tmp_path_factory.mktemp("fault"))
     yield processes
     for process in sum(processes.values(), []):
         process.kill()
@@ -242,7 +266,7 @@ def test_every_rank_ends_and_names_the_one_that_failed(name, failing):
     fault, *_, message = FAULTS[name]
     kind, culprit, _ = (fault or "none 0 0").split()
     for rank, process in enumerate(failing[name]):
-        if kind in ("kill", "hang", "save") and rank == int(culprit):
+        if kind in ("kill", "hang", "freeze", "save") and rank == int(culprit):
             continue
         ((code, _, errors),) = finish([process])
         assert code == 1, errors
@@ -263,6 +287,31 @@ def test_a_rank_that_never_comes(rank, message, tmp_path):
     last = run.stderr.splitlines()[-1]
     assert run.returncode == 1 and last.startswith("error: ") and message in last, run.stderr
     assert "Traceback" not in run.stderr and time.monotonic() - begun < 40
+
+
+def test_a_rank_0_that_is_frozen_before_they_meet(tmp_path):
+    """Its port is open, and nobody answers there."""
+    with socket.socket() as frozen:
+        frozen.bind(("127.0.0.1", 0))
+        frozen.listen()
+        environ = dict(
+            RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(frozen.getsockname()[1])
+        )
+        command = [sys.executable, SCRIPT, *TINY, "--env", "cartpole", "--log-root", "", "--rank-timeout", "1"]
+        run = subprocess.run(command, env=os.environ | environ, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    assert run.stderr.splitlines()[-1] == "error: rank 0 does not answer, whose host keeps the store"
+
+
+@pytest.mark.parametrize("script", [SCRIPT, STUDENT], ids=["ppo_multigpu", "distill_dagger"])
+def test_a_slow_film_is_waited_for(script, tmp_path):
+    """Longer than another rank is waited for."""
+    flags = ["--env", "cartpole", "--max-iterations", "2", "--video-interval", "5", "--rank-timeout", "2"]
+    cases.write_teacher("teacher.pt", Cartpole(4), ["policy"])
+    student = [*TINY_STUDENT, "--teacher", str(tmp_path / "teacher.pt")]
+    processes = start(2, script, [*(TINY if script == SCRIPT else student), *flags], {"NO_EXPORT": "1", "FILM": "5"})
+    for code, _, errors in finish(processes):
+        assert code == 0, errors
 
 
 def test_rank_0_saves_last(failing):

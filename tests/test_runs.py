@@ -217,7 +217,9 @@ def test_a_run_is_resumed_with_other_environments(capsys):
     assert "the environment starts afresh" not in capsys.readouterr().out
     for change, count in ((dict(seed=2), 16), ({}, 24)):
         resumed = module.train(args_of(**settings, **change), make("cartpole", count))
-        assert "the environment starts afresh" in capsys.readouterr().out
+        said, length = capsys.readouterr().out, args_of().num_steps_per_env
+        assert "the environment starts afresh" in said
+        assert f"iteration 3/4  {2 * length * 16 + 2 * length * count:,} env steps" in said
         assert len(resumed) == 2 and str(numbers(resumed)) != str(numbers(whole))
 
 
@@ -527,6 +529,23 @@ def test_a_finite_number_whose_square_is_not_stops_the_run(fault):
         module.train(args, toy.Toy(8, fault=fault))
     assert {"obs": "largest: 1e+22 in obs policy", "reward": "largest: 1e+30 in rewards"}[fault[0]] in str(error.value)
     assert saved_in(only_run()) == {"model_0.pt", "nan_1.pt"}
+
+
+def test_a_nan_is_no_done():
+    """bool(nan) is True: an episode would end where nobody knows whether it has."""
+    env = toy.Toy(8)
+    step = env.step
+
+    def spoiled(actions):
+        obs, rewards, dones, extras = step(actions)
+        dones = dones.float()
+        if env.steps == 30:
+            dones[5] = math.nan
+        return obs, rewards, dones, extras
+
+    env.step = spoiled
+    with pytest.raises(FloatingPointError, match="rewards of environment 5, column .*, is nan at step 5"):
+        module.train(args_of(), env)
 
 
 @pytest.fixture
@@ -1011,11 +1030,13 @@ def test_the_record_of_git_runs_nothing_of_the_repositorys(monkeypatch, tmp_path
     git("init")
     script = tmp_path / "ppo_continuous.py"
     script.write_text("before\n")
-    (tmp_path / ".gitattributes").write_text("*.py diff=trap\n")
+    (tmp_path / ".gitattributes").write_text("*.py diff=trap filter=trap\n")
     git("add", "ppo_continuous.py", ".gitattributes")
     git("commit", "-m", "first")
-    for name in ("diff.external", "diff.trap.command", "diff.trap.textconv", "core.fsmonitor", "core.pager", "core.editor"):
+    named = ("diff.external", "diff.trap.command", "diff.trap.textconv", "core.fsmonitor", "core.pager", "core.editor")
+    for name in (*named, "filter.trap.clean", "filter.trap.smudge", "filter.trap.process"):
         git("config", name, str(trap))
+    git("config", "filter.trap.required", "true")
     shutil.copy(trap, tmp_path / ".git/hooks/post-index-change")
     script.write_text("after \xe9\n", encoding="latin-1")
     (tmp_path / "password.txt").write_text("secret")
@@ -1072,13 +1093,20 @@ print(before == state(), "envs" in sys.modules)
 @pytest.mark.parametrize(
     "name", ["ppo_continuous", "ppo_rnn", "ppo_cnn", "ppo_rnd", "ppo_symmetry", "ppo_multigpu", "distill_dagger"]
 )
-def test_the_asked_precision_reaches_cudnn(name):
-    """Whose flag for convolutions and RNNs is its own, and on by default: a policy would act in TF32 and learn in float32."""
+def test_the_asked_precision_is_the_gpus(name, monkeypatch):
+    """cuDNN's, for convolutions and RNNs, is a flag of its own: a policy would act in TF32 and learn in float32.
+
+    On a CPU, some of which can multiply like that too, the losses stay the reference's.
+    """
     script, before = __import__(name), (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    expected = {("cuda", "highest"): "highest", ("cuda", "high"): "high", ("cpu", "high"): "highest"}
     try:
-        for precision, allowed in (("highest", False), ("high", True), ("highest", False)):
-            script.set_up_torch(script.Args(device="cpu", float32_matmul_precision=precision))
-            assert torch.backends.cudnn.allow_tf32 == allowed
+        for (device, asked), precision in expected.items():
+            script.set_up_torch(script.Args(device=device, float32_matmul_precision=asked))
+            assert torch.get_float32_matmul_precision() == precision
+            assert torch.backends.cudnn.allow_tf32 == (precision == "high")
     finally:
         torch.backends.cudnn.allow_tf32 = before[0]
         torch.set_float32_matmul_precision(before[1])

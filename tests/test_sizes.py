@@ -12,15 +12,15 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 976,
-    "tokens of the base": 11_016,
-    "tokens of the base above the fence": 4637,
-    "code lines of the distillation": 1090,
-    "tokens of the distillation": 12_657,
-    "tokens of the distillation above the fence": 6278,
-    "tokens of a variant beyond the base's": 1100,
-    "tokens of the five variants beyond the base's": 4500,
-    "tokens of all seven, below the fence counted once": 45_000,
+    "code lines of the base": 989,
+    "tokens of the base": 11_186,
+    "tokens of the base above the fence": 4642,
+    "code lines of the distillation": 1157,
+    "tokens of the distillation": 13_282,
+    "tokens of the distillation above the fence": 6738,
+    "tokens of a variant beyond the base's": 1162,
+    "tokens of the five variants beyond the base's": 4657,
+    "tokens of all seven, below the fence counted once": 45_800,
     "tokens per code line": 13,
     "characters per line": 110,
 }

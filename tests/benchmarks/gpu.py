@@ -58,6 +58,8 @@ class Options:
     """Processes of `equal` at once."""
     cases: tuple[int, ...] = ()
     """Of `equal`: places in tests/cases.py, EVERYWHERE; default: all."""
+    growth: bool = True
+    """`speed` begins with 200 iterations, and how much memory they have cost at their end."""
     tiny: bool = False
     """Sixteen environments, few steps."""
     job: str = ""
@@ -80,9 +82,12 @@ class Race:
 
 
 LARGE, SMALL = (512, 256, 128), (128, 64)
-RACES = [Race(env, n, dims) for n in (4096, 16384) for dims in (LARGE, SMALL) for env in ("quadruped", "still")]
-RACES[4:4] = [Race("still", 4096, LARGE, precision, c) for precision, c in (("tf32", False), ("bf16", False), ("fp32", True))]
-RACES += [Race("quadruped", 4096, LARGE, precision) for precision in ("tf32", "bf16")]
+RACES = [Race(env, 4096, LARGE, "tf32") for env in ("still", "quadruped")]  # TF32 as Isaac Lab's and mjlab's scripts train
+RACES += [Race("still", 4096, LARGE, "bf16"), *(Race(env, 4096, LARGE, "fp32") for env in ("still", "quadruped"))]
+RACES += [Race(env, n, dims, "tf32") for n, dims in ((16384, LARGE), (4096, SMALL)) for env in ("still", "quadruped")]
+RACES += [Race("still", 4096, LARGE, precision, compile=True) for precision in ("tf32", "bf16")]
+RACES += [Race("quadruped", 4096, LARGE, "tf32", compile=True), Race("still", 16384, LARGE, "bf16")]
+RACES += [Race(env, 16384, SMALL, "tf32") for env in ("still", "quadruped")]
 
 
 # ---- Environments ----
@@ -141,10 +146,10 @@ class Captured:
         return obs.clone(), rewards.clone(), dones.clone(), copies
 
 
-def make_env(name: str, num_envs: int, device: str):
+def make_env(name: str, num_envs: int, device: str, compile: bool = False):
     from envs import make
 
-    return Still(num_envs, device) if name == "still" else make(name, num_envs, device=device, seed=1)
+    return Still(num_envs, device) if name == "still" else make(name, num_envs, device=device, seed=1, compile=compile)
 
 
 # ---- Jobs: each runs in a process of its own, and reports by `emit` ----
@@ -177,6 +182,33 @@ def train(module, environment=None, **settings):
     return history, [line for line in out.getvalue().splitlines() if "graph" in line]
 
 
+def differences(ours: list[dict], theirs: list[dict]) -> list[tuple[float, str]]:
+    """Of each iteration the largest relative difference, and what differs so."""
+    return [
+        max(
+            (abs(mine[tag] - x) / max(abs(x), 1e-2), tag) for tag, x in other.items() if "Perf" not in tag and not math.isnan(x)
+        )
+        for mine, other in zip(ours, theirs, strict=True)
+    ]
+
+
+def job_reference(options: Options, optimizer: str):
+    """Losses and learning rates against rsl_rl's on the same device, in float32: it rounds otherwise, and rounding grows."""
+    import reference
+
+    import ppo_continuous as module
+
+    num_envs = 16 if options.tiny else 4096
+    settings = ours_of(Race("quadruped", num_envs, LARGE), options, 6) | dict(env="quadruped", optimizer=optimizer)
+    args = module.Args(log_root="", **settings)
+    module.set_up_torch(args)
+    theirs, _ = reference.run(args, make_env("quadruped", num_envs, options.device), device=options.device)
+    ours, said = train(module, make_env("quadruped", num_envs, options.device), **settings)
+    worst = differences(ours, theirs)
+    result = dict(ok=worst[0][0] < 1e-5, differs=[f"{x:.1e}" for x, _ in worst], most=max(worst)[1], said=said)
+    emit(part="equal", case=f"ppo_continuous quadruped {num_envs} {optimizer}", name="rsl_rl", **result)
+
+
 def job_equal(options: Options, index: int, mode: str):
     """A case eager, then eager again (what differs there is noise) and with graphs, or compiled: largest relative difference."""
     import cases
@@ -188,22 +220,17 @@ def job_equal(options: Options, index: int, mode: str):
     if script == "distill_dagger":
         cases.write_teacher("teacher.pt", make_env(env_id, 1, "cpu"))
         settings["teacher"] = ("teacher.pt",)
+    if mode == "compiled" and script != "distill_dagger":
+        # What is compiled rounds otherwise: a KL of 0 becomes 1e-9, and the adaptive schedule answers with another rate.
+        settings["schedule"] = "fixed"
     eager, _ = train(module, **settings, cuda_graphs=False)
     for name in ("eager again", "graphs") if mode == "graphs" else ("compiled",):
         start = time.time()
         history, said = train(module, **settings, cuda_graphs=name != "eager again", compile=name == "compiled")
-        worst = [
-            max(
-                abs(ours[tag] - x) / max(abs(x), 1e-2) for tag, x in expected.items() if "Perf" not in tag and not math.isnan(x)
-            )
-            for ours, expected in zip(history, eager, strict=True)
-        ]
-        # The first iteration has gone nowhere yet; after it rounding decides where a compiled run goes.
-        ok = max(worst[:1] if name == "compiled" else worst[:5]) < 1e-3
-        shown = [f"{x:.1e}" for x in worst]
-        emit(
-            part="equal", case=f"{script} {env_id}", name=name, ok=ok, differs=shown, said=said, s=round(time.time() - start, 1)
-        )
+        worst = differences(history, eager)
+        difference, tag = max(worst)
+        result = dict(ok=difference < 1e-3, differs=[f"{x:.1e}" for x, _ in worst], most=tag, said=said)
+        emit(part="equal", case=f"{script} {env_id}", name=name, **result, s=round(time.time() - start, 1))
 
 
 def ours_of(race: Race, options: Options, iterations: int) -> dict:
@@ -222,7 +249,7 @@ def wait(options: Options):
 def time_ours(race: Race, options: Options, iterations: int):
     import ppo_continuous as module
 
-    env = make_env(race.env, race.num_envs, options.device)
+    env = make_env(race.env, race.num_envs, options.device, race.compile)
     history, said = train(module, env, **ours_of(race, options, iterations))
     return [(m["Perf/collection_time"], m["Perf/learning_time"]) for m in history], said
 
@@ -237,7 +264,7 @@ def make_rsl_rl(race: Race, options: Options, iterations: int):
     config = reference.configuration(args)
     config["algorithm"]["use_mixed_precision"] = args.mixed_precision
     config["torch_compile_mode"] = "default" if race.compile else None
-    env = make_env(race.env, race.num_envs, options.device)
+    env = make_env(race.env, race.num_envs, options.device, race.compile)
     env = Captured(env) if hasattr(env, "generator") else env
     return reference.make_runner(args, env, config=config, device=options.device)
 
@@ -268,9 +295,14 @@ def time_rsl_rl(race: Race, options: Options, iterations: int, after_update=lamb
     return [(b - a, c - b) for a, b, c in zip(marks[::2], marks[1::2], marks[2::2])], []
 
 
-def job_speed(options: Options, **race):
+def job_speed(options: Options, races: list[dict]):
+    for race in races:
+        measure(options, Race(**race | dict(hidden_dims=tuple(race["hidden_dims"]))))
+
+
+def measure(options: Options, race: Race):
     """Ours, rsl_rl, ours, rsl_rl: medians over the iterations that replay, in ms."""
-    race, sides = Race(**race | dict(hidden_dims=tuple(race["hidden_dims"]))), {"ours": time_ours, "rsl_rl": time_rsl_rl}
+    sides = {"ours": time_ours, "rsl_rl": time_rsl_rl}
     iterations, warm = (6, 4) if options.tiny else (10, 5)
     times, facts = {name: [] for name in sides}, {}
     for _ in range(1 if options.tiny else 2):
@@ -389,11 +421,15 @@ class Report:
             print(text, file=file)
 
 
-def run_job(options: Options, report: Report, limit: float, part: str, function: str, **arguments):
-    """In a process of its own, with a limit in seconds; a failure is a result too."""
-    name = " ".join(map(str, arguments.values()))
+def run_job(options: Options, report: Report, limit: float, part: str, function: str, names=(), **arguments) -> int:
+    """In a process of its own, with a limit in seconds; a failure is a result too. Returns the number of results.
+
+    names: of the results that are awaited, in their order; what fails has the name of the first that did not come.
+    """
+    names = names or [" ".join(map(str, arguments.values()))]
     if limit < 6:
-        return report.add(part=part, name=name, failed="no time left")
+        report.add(part=part, name=names[0], failed="no time left")
+        return 1
     job = json.dumps([function, arguments])
     command = [sys.executable, __file__, "--job", job, "--device", options.device, *(["--tiny"] if options.tiny else [])]
     environ = os.environ | dict(WANDB_MODE="disabled", GIT_PYTHON_REFRESH="quiet", PYTHONUNBUFFERED="1")
@@ -401,17 +437,21 @@ def run_job(options: Options, report: Report, limit: float, part: str, function:
     process = subprocess.Popen(command, env=environ, start_new_session=True, **pipes)
     late = threading.Timer(limit, lambda: os.killpg(process.pid, 9))
     late.start()
-    said = []
+    said, results = [], 0
     for line in process.stdout:
         if line.startswith("RESULT "):
             report.add(**json.loads(line.removeprefix("RESULT ")))
+            results += 1
         else:
             said.append(line.rstrip())
     late.cancel()
     if process.wait():
         why = f"not done in {limit:.0f} s" if process.returncode == -9 else next((x for x in reversed(said) if x), "")
+        name = names[min(results, len(names) - 1)]
         report.add(part=part, name=name, failed=why[:300])
         report.note(f"==== {part} {name}: exit status {process.returncode}\n" + "\n".join(said[-60:]))
+        results += 1
+    return results
 
 
 def part_env(options: Options, report: Report, end: float):
@@ -425,6 +465,8 @@ def part_equal(options: Options, report: Report, end: float):
     jobs = [dict(index=index, mode=mode) for mode in ("graphs", "compiled") for index in chosen]
     with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
         list(pool.map(lambda job: run_job(options, report, end - time.time(), "equal", "job_equal", **job), jobs))
+    for optimizer in ("adam", "sgd") if not options.cases else ():
+        run_job(options, report, end - time.time(), "equal", "job_reference", optimizer=optimizer)
 
 
 def part_tests(options: Options, report: Report, end: float):
@@ -440,12 +482,13 @@ def part_tests(options: Options, report: Report, end: float):
 
 
 def part_speed(options: Options, report: Report, end: float):
-    """The most telling first; what no time is left for is said."""
-    races = [Race("quadruped", 16, (8,)), Race("still", 16, (8,))] if options.tiny else RACES
-    for count, race in enumerate(races):
-        run_job(options, report, end - time.time(), "speed", "job_speed", **dataclasses.asdict(race))
-        if count == 1:
-            run_job(options, report, min(40.0, end - time.time()), "speed", "job_growth")
+    """The most telling first, in one process until one of them fails; what no time is left for is said."""
+    left = [Race("quadruped", 16, (8,)), Race("still", 16, (8,))] if options.tiny else RACES
+    if options.growth:
+        run_job(options, report, min(40.0, end - time.time()), "speed", "job_growth")
+    while left:
+        races, names = [dataclasses.asdict(race) for race in left], [str(race) for race in left]
+        left = left[max(1, run_job(options, report, end - time.time(), "speed", "job_speed", names, races=races)) :]
 
 
 def part_profile(options: Options, report: Report, end: float):
@@ -466,7 +509,7 @@ def summary(report: Report) -> str:
     of = {part: [x for x in report.results if x["part"] == part] for part in LIMITS}
     lines = ["# On the GPU", "", *(f"- {name}: {x}" for facts in of["env"] for name, x in facts.items() if name != "part")]
     lines += ["", "## Equal to the eager run: largest relative difference, by iteration"]
-    lines += table(sorted(of["equal"], key=lambda x: x.get("case", "")), "case", "name", "ok", "differs", "said")
+    lines += table(sorted(of["equal"], key=lambda x: x.get("case", "")), "case", "name", "ok", "differs", "most", "said")
     lines += ["", "## Tests", *table(of["tests"], "name", "ok", "summary", "failures")]
     lines += ["", "## Speed: ms of ours and of rsl_rl, and how many times faster ours are"]
     sides = [f"{side}_{part}" for part in ("collection", "learning") for side in ("ours", "rsl_rl")]
