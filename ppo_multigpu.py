@@ -848,7 +848,7 @@ def check_settings(args):
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise wrong(args, name, f"choose from {', '.join(get_args(kind))}")
         kinds = (kind, int) if kind is float else (kind,)
-        if kind in (str, bool, int, float) and type(value) not in kinds:
+        if kind in (bool, int, float) and type(value) not in kinds:
             raise wrong(args, name, f"must be {kind.__name__}, not {type(value).__name__}")
         for x in value if isinstance(value, (tuple, list)) else [value]:
             if type(x) not in (str, bool, int, float, dict, type(None)):
