@@ -1,0 +1,94 @@
+"""A task's options, as the command line gives them: `--env-cfg rewards.action_rate.weight=-0.02 commands.twist.ranges.lin_vel_x=[-1,2]`.
+
+Dotted names are fields of a simulator's configuration (`set_fields`), plain ones keyword arguments (`check_keywords`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from typing import Any
+
+
+def task_of(name: str) -> str:
+    """`my_package.my_tasks:Task` -> `Task`, once the module that registers it has been imported; `Task` -> `Task`.
+
+    Raises:
+        ValueError: there is no such module.
+    """
+    module, _, task = name.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not module.startswith(str(error.name)):  # a mistake in the module itself
+                raise
+            raise ValueError(f"--env {name}: there is no module {module} that could register {task}") from None
+    return task
+
+
+def set_fields(cfg: Any, options: dict[str, Any], kept: dict[str, str] | None = None) -> None:
+    """Set dotted names of a configuration, which may be of dataclasses, dicts and `ml_collections.ConfigDict`, in place.
+
+    A value takes the type of what it replaces: 1 is 1.0 where there was a float, a list a tuple. None takes anything.
+
+    Args:
+        cfg: the configuration.
+        options: dotted name -> value.
+        kept: names that a flag sets -> that flag; they are refused.
+
+    Raises:
+        ValueError: a name that there is not, with the nearest that there are; or a value of another type.
+    """
+    for name, value in options.items():
+        if name in (kept or {}):
+            raise ValueError(f"--env-cfg {name}={value}: say {kept[name]}")
+        owner, (*path, last) = cfg, name.split(".")
+        for step in path:
+            owner = _field(owner, step, name)
+        new = _like(_field(owner, last, name), value, name)
+        if hasattr(owner, "keys"):
+            owner[last] = new
+        else:
+            setattr(owner, last, new)
+
+
+def check_keywords(function: Any, options: dict[str, Any], taken: tuple[str, ...] = ()) -> None:
+    """Refuse options that `function` has no parameter for, or that flags decide (`taken`).
+
+    Raises:
+        ValueError: with the nearest that there are.
+    """
+    parameters = inspect.signature(function).parameters
+    if any(x.kind is x.VAR_KEYWORD for x in parameters.values()):
+        return
+    known = [name for name in parameters if name not in taken]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"--env-cfg {name}: there is no such option; {_nearest(name, known)}")
+
+
+def _field(owner: Any, step: str, name: str) -> Any:
+    fields = dict(owner.items()) if hasattr(owner, "keys") else dict(getattr(owner, "__dict__", {}))
+    if step not in fields:
+        raise ValueError(f"--env-cfg {name}: there is no {step}; {_nearest(step, fields)}")
+    return fields[step]
+
+
+def _nearest(name: str, known) -> str:
+    known = [x for x in known if not x.startswith("_")]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)[:8]
+    return f"there are {', '.join(near)}" if near else "there are none"
+
+
+def _like(old: Any, value: Any, name: str) -> Any:
+    """`value` in the type of what it replaces."""
+    kind = type(old)
+    if old is None or value is None or type(value) is kind:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in (list, tuple) and isinstance(value, (list, tuple)):
+        return kind(_like(old[0], x, name) if old and len({type(y) for y in old}) == 1 else x for x in value)
+    raise ValueError(f"--env-cfg {name}: {value!r} is {type(value).__name__}; there is {old!r} of {kind.__name__}")
