@@ -27,6 +27,7 @@ import contextlib
 import functools
 import glob
 import inspect
+import json
 import logging
 import math
 import os
@@ -73,6 +74,8 @@ class Args:
 
     env: str = "quadruped"
     """Built-in task, `simulator:task`, or `package.module:factory` of your own."""
+    env_cfg: tuple[str, ...] = ()
+    """Options of the task, `name=value`: dotted names of its configuration, or keyword arguments."""
     env_defaults: bool = True
     """Start from the settings that the environment recommends, where it has any (command line only)."""
     num_envs: int = 4096
@@ -167,24 +170,32 @@ class Args:
     """`tensorboard`, `wandb`, `none`, or `package.module:Writer`, made from the run's folder."""
     save_interval: int = 50
     """Iterations between checkpoints."""
+    save_best: str = ""
+    """Metric, as `Train/mean_reward`, at whose largest value model_best.pt is saved too."""
     video_interval: int = 0
     """Iterations between films of the policy; 0: none."""
     resume: bool = False
     """Continue the newest run, or that of --checkpoint, where it stopped."""
     checkpoint: str = ""
     """Checkpoint, path or glob, to play, export, resume (default: the newest), or start from."""
+    critic_checkpoint: str = ""
+    """Start the critic from this one, which may be the same."""
     wandb_run_path: str = ""
     """Take the checkpoint from this W&B run, `entity/project/run`."""
     play: bool = False
     """Run a policy instead of training: print returns, film it."""
     export: bool = False
     """Write a checkpoint's policy as ONNX and TorchScript instead of training."""
+    export_batch: bool = False
+    """Exported as ONNX the policy takes any number of robots at once, instead of one."""
     agent: Literal["policy", "zero", "random"] = "policy"
     """Who acts in --play."""
     play_envs: int = 16
     """Environments in --play; each runs one episode."""
     viewer: bool = False
     """In --play: open the simulator's own viewer."""
+    film: bool = True
+    """In --play: draw film and plots."""
     terminations: bool = True
     """In --play: let the environment end episodes early."""
 
@@ -798,8 +809,8 @@ def train(args: Args, env: VecEnv | None = None) -> History:
                 raise FloatingPointError(min(faults, key=lambda fault: "was read is finite" in fault))
             history.append(log_iteration(agent, metrics, times, samples, iteration, args, writer))
             last = stop or iteration == args.max_iterations - 1
-            if run_dir and (last or iteration % args.save_interval == 0):
-                path = run_dir / f"model_{iteration}.pt"
+            for name in due(history, iteration, last, args):
+                path = run_dir / f"model_{name}.pt"
                 for turn in (rank > 0, rank == 0):  # rank 0 saves last: where its file is, all are
                     patiently(turn, save, path, state_of(agent), env, storage, iteration, args)
             if run_dir and args.video_interval and (last or iteration % args.video_interval == 0):
@@ -807,7 +818,7 @@ def train(args: Args, env: VecEnv | None = None) -> History:
             if last:
                 break
     if run_dir and rank == 0:
-        attempt(export_policy, agent.actor, run_dir / "exported")
+        attempt(export_checkpoint, run_dir / f"model_{iteration}.pt", args)
     return history
 
 
@@ -1066,18 +1077,44 @@ def seconds_between(start, end):
 def make_env(args, **options):
     """Your `package.module:factory`, called with what it has parameters for; else one of envs/."""
     settings = {name: getattr(args, name) for name in ("num_envs", "device", "seed", "compile")} | options
-    module, _, name = args.env.partition(":")
-    if name and module not in ("mjlab", "gym", "envpool", "playground", "genesis", "isaaclab"):
-        factory = find(args, "env")
+    cfg = env_options(args)
+    if factory := own_factory(args):
         wanted = inspect.signature(factory).parameters
-        return factory(**{key: value for key, value in settings.items() if key in wanted})
+        unknown = [name for name in cfg if name not in wanted]
+        if unknown and "**" not in str(inspect.signature(factory)):
+            raise wrong(args, "env_cfg", f"{args.env} has no parameter {unknown[0]}, but {', '.join(wanted)}")
+        return factory(**{name: value for name, value in settings.items() if name in wanted} | cfg)
     with blaming(f"--env {args.env}: is one of envs/, which is not beside this script"):
         from envs import make
 
     try:
-        return make(args.env, **settings)
+        return make(args.env, cfg=cfg, **settings)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def own_factory(args):
+    """The function that --env names as package.module:name, or None: then it is one of envs/."""
+    module, _, name = args.env.partition(":")
+    simulators = ("mjlab", "gym", "envpool", "playground", "genesis", "isaaclab", "maniskill")
+    return find(args, "env") if name and module not in simulators else None
+
+
+def env_options(args):
+    """--env-cfg as names and values, which are written as in YAML."""
+    if not args.env_cfg:
+        return {}
+    import yaml
+
+    with blaming(f"--env-cfg {' '.join(args.env_cfg)}: must be name=value, where the value is YAML"):
+        return {name: yaml.safe_load(value) for name, value in (x.split("=", 1) for x in args.env_cfg)}
+
+
+def bounds_of(env, args):
+    """Between which the actions that reach the task lie: clip_actions, and what the environment clips to."""
+    low, high = getattr(env, "action_bounds", (-math.inf, math.inf))
+    limit = args.clip_actions or math.inf
+    return max(low, -limit), min(high, limit)
 
 
 def find(args, name):
@@ -1243,6 +1280,8 @@ def log_iteration(agent, metrics, times, samples, iteration, args, writer):
     eta = timedelta(seconds=round((args.max_iterations - iteration - 1) * (collection + learning)))
     lines = {}
     print(f"\niteration {iteration}/{args.max_iterations}  {agent.env_steps:,} env steps  ETA {eta}")
+    if metrics["Train/mean_episode_length"] == 1.0:
+        say("each episode has lasted one step: does env.step start anew where it says done?")
     for tag, value in metrics.items():
         kind, name = tag.split("/", 1)
         lines[kind] = lines.get(kind, f"  {kind:8s}") + f" {name} {value:.4g} "
@@ -1288,8 +1327,30 @@ def make_run_dir(args, env):
             command += ["-c", f"{name}="]
         changes = git("diff", "--no-ext-diff", "--no-textconv", "--ignore-submodules", "HEAD")
         (run_dir / "git.diff").write_bytes(git("rev-parse", "HEAD") + changes)
+    attempt(write_metadata, run_dir, env)
     print(f"this run is kept in {run_dir}")
     return run_dir
+
+
+def write_metadata(run_dir, env):
+    """What a robot's runner needs to know of the environment: travels with the exported policy."""
+    facts = {"step_dt": float(env.step_dt)} if hasattr(env, "step_dt") else {}  # s
+    facts |= env.export_metadata() if hasattr(env, "export_metadata") else {}
+    (run_dir / "deploy.json").write_text(json.dumps(facts))
+
+
+def due(history, iteration, last, args):
+    """Names of the checkpoints to save now: the iteration's number, `best`."""
+    if not args.log_root:
+        return []
+    names = [iteration] if last or iteration % args.save_interval == 0 else []
+    if args.save_best:
+        if args.save_best not in history[0]:
+            raise wrong(args, "save_best", f"no such metric; there are {', '.join(history[0])}")
+        *before, value = (metrics.get(args.save_best, math.nan) for metrics in history)
+        if value == value and not any(x > value for x in before):
+            names.append("best")
+    return names
 
 
 def make_writer(args, run_dir):
@@ -1323,6 +1384,7 @@ def save(path, state, env, storage, iteration, args, whole=True):
         "args": asdict(args),
         "obs": storage["obs"][-1, :1].to_dict(),  # an example, for what the networks are built to read
         "num_actions": env.num_actions,
+        "action_bounds": bounds_of(env, args),
         "row": storage.exclude("obs")[-1].to_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if storage.is_cuda else None,
@@ -1434,6 +1496,17 @@ def restore(part, checkpoint, name, path):
 def load(agent, env, storage, args):
     """Continue a run (--resume) or start from a policy (--checkpoint); returns the first iteration to do."""
     agent.env_steps = torch.tensor(0)  # of all runs that this one continues
+    low, high = bounds_of(env, args)
+    if (
+        getattr(args, "distribution", "") == "beta"
+        and not low <= args.action_range[0] < args.action_range[1] <= high
+    ):
+        raise wrong(args, "action_range", f"the environment's actions lie between {low} and {high}")
+    if critic := getattr(args, "critic_checkpoint", ""):
+        if args.resume:
+            raise wrong(args, "critic_checkpoint", "a run that is resumed has a critic of its own")
+        print(f"starting from the critic of {critic}")
+        restore(agent.critic, read_checkpoint(critic, args.device), "critic", critic)
     if not (args.resume or args.checkpoint or args.wandb_run_path):
         return 0
     path = find_checkpoint(args)
@@ -1480,13 +1553,18 @@ def load(agent, env, storage, args):
 class Policy(nn.Module):
     """The policy without noise, with its memory, if it has one: it is played, and traced it is policy.pt."""
 
-    def __init__(self, actor, batch_size=1):
+    def __init__(self, actor, batch_size=1, bounds=(-math.inf, math.inf)):
         super().__init__()
-        self.actor = actor
+        self.actor, self.bounds = actor, bounds
         self.register_buffer("memory", actor.initial_memory(batch_size).to(actor.example.device))
 
+    def step(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Inputs, then memory -> actions as they would reach the task, then next memory."""
+        actions, *memory = self.actor.deploy(*inputs)
+        return actions.clamp(*self.bounds) if max(self.bounds) < math.inf else actions, *memory
+
     def forward(self, *inputs: Tensor) -> Tensor:
-        actions, *memory = self.actor.deploy(*inputs, *self.memory.unbind())
+        actions, *memory = self.step(*inputs, *self.memory.unbind())
         if memory:
             self.memory.copy_(torch.stack(memory).detach())
         return actions
@@ -1528,31 +1606,65 @@ def load_policy(path, args=None, env=None, batch_size=1):
     with blaming(f"--checkpoint {path}: its policy cannot be built"):
         actor = make_actor(obs, num_actions, args)
     restore(actor, checkpoint, "actor", path)
-    return Policy(actor.eval(), batch_size)
+    bounds = resume.get("action_bounds") or bounds_of(env, args)
+    return Policy(actor.eval(), batch_size, bounds)
 
 
-def export_policy(actor, folder):
-    """Write policy.pt (TorchScript, memory inside) and policy.onnx (memory outside), normaliser in both."""
+def export_checkpoint(path, args):
+    """Its policy as ONNX and TorchScript, with what a runner has to know of it (policy.yaml has it too)."""
+    policy, run_dir = load_policy(path, args), path.parent
+    example, facts = policy.actor.example, {"iteration": read_checkpoint(path)["iter"], "script": SCRIPT.name}
+    facts["observation_groups"] = list(example.keys())
+    facts["observation_shapes"] = ["x".join(map(str, x.shape[1:])) for x in example.values()]
+    facts["distribution"] = type(policy.actor.distribution).__name__
+    if max(policy.bounds) < math.inf:
+        facts["action_bounds"] = list(policy.bounds)
+    with contextlib.suppress(OSError):  # a checkpoint that stands alone
+        facts["git_commit"] = (run_dir / "git.diff").read_text(errors="replace").partition("\n")[0]
+        facts |= json.loads((run_dir / "deploy.json").read_text())
+    export_policy(policy, run_dir / "exported", facts, args.export_batch)
+
+
+def export_policy(policy, folder, facts=None, any_batch=False):
+    """Write policy.pt (TorchScript, memory inside) and policy.onnx (memory outside), normaliser in both.
+
+    An actor alone will do. Lists among the facts are written as C++ runners split them, at commas.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    actor = deepcopy(actor).cpu().eval()
-    inputs, memory = actor.inputs(actor.example.cpu()), actor.initial_memory(1).unbind()
-    before, after = ([f"{name}_{end}" for name in "hc"[: len(memory)]] for end in ("in", "out"))
-    names = dict(input_names=[*inputs, *before], output_names=["actions", *after])
-    inputs = tuple(inputs.values())
+    policy = policy if isinstance(policy, Policy) else Policy(policy)
+    policy = Policy(deepcopy(policy.actor).cpu().eval(), 1, policy.bounds)
+    actor, size, shapes, facts = policy.actor, 1, None, facts or {}
+    inputs = actor.inputs(actor.example.cpu())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        script = torch.jit.trace(Policy(actor), inputs)
+        script = torch.jit.trace(policy, tuple(inputs.values()))
         script.reset()  # tracing has run it
         script.save(folder / "policy.pt")
-        expected = actor.deploy(*inputs, *memory)[0]
-        actor.forward = actor.deploy  # what ONNX is to run
-        onnx = torch.onnx.export(
-            actor, (*inputs, *memory), dynamo=True, opset_version=18, verbose=False, **names
+        exported, expected = (
+            [script(*inputs.values())],
+            [policy.step(*inputs.values(), *actor.initial_memory(1))[0]],
         )
+        if any_batch:
+            size, batch = 2, torch.export.Dim("batch")  # torch takes a size of 1 for a constant
+            inputs = actor.inputs(actor.example.cpu().expand(size))
+            shapes = ((*({0: batch} for _ in inputs), *({1: batch} for _ in policy.memory)),)
+        memory = actor.initial_memory(size).unbind()
+        before, after = ([f"{name}_{end}" for name in "hc"[: len(memory)]] for end in ("in", "out"))
+        policy.forward = policy.step  # what ONNX is to run
+        names = dict(input_names=[*inputs, *before], output_names=["actions", *after])
+        inputs = (*inputs.values(), *memory)
+        onnx = torch.onnx.export(
+            policy, inputs, dynamo=True, opset_version=18, verbose=False, dynamic_shapes=shapes, **names
+        )
+        onnx.model.ir_version = 9  # 10, torch's, is refused by robots' older runtimes
+        for name, value in facts.items():
+            shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            onnx.model.metadata_props[name] = shown
         onnx.save(folder / "policy.onnx")
-    for actions in (script(*inputs), onnx(*inputs, *memory)[0]):
-        torch.testing.assert_close(actions, expected, rtol=0.0, atol=1e-4)
+        exported, expected = [*exported, onnx(*inputs)[0]], [*expected, policy.step(*inputs)[0]]
+    (folder / "policy.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in facts.items()))
+    torch.testing.assert_close(exported, expected, rtol=0.0, atol=1e-4)
     print(f"exported {folder / 'policy.pt'} and policy.onnx, which act like the policy")
 
 
@@ -1567,6 +1679,8 @@ def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
     args, policy, path = set_up_torch(args), None, experiment_dir(args) / args.agent
     if args.agent == "policy":
         path = find_checkpoint(args)
+        saved = read_checkpoint(path)["resume"]["args"]
+        args = replace(args, env_cfg=args.env_cfg or tuple(saved.get("env_cfg", ())))
     own = None if env else make_env(args, num_envs=args.play_envs, play=True, terminations=args.terminations)
     env = as_vec_env(env or own)
     if args.agent == "policy":
@@ -1582,7 +1696,7 @@ def film(agent, path, args):
 
     policy, *_ = vars(agent).values()
     env = make_env(args, num_envs=1, play=True)
-    roll_out(env, Policy(deepcopy(policy).eval()), path, args)
+    roll_out(env, Policy(deepcopy(policy).eval(), 1, bounds_of(env, args)), path, args)
     close(env)
     upload(path.with_suffix(".gif"), args)
 
@@ -1598,19 +1712,27 @@ def attempt(fn, *arguments):
 say = functools.cache(print)  # once
 
 
+def recommended():
+    """What --env is best trained with: a simulator's settings, or `defaults`, a dict, of your function."""
+    args = tyro.cli(Args, args=[x for x in sys.argv[1:] if x not in ("-h", "--help")])
+    settings = {}
+    if args.env_defaults:
+        with contextlib.suppress(ImportError):  # a copied script has no envs/ beside it
+            from envs import defaults
+
+            settings = defaults(args.env, vars(args))
+        settings = getattr(own_factory(args), "defaults", settings)
+    with blaming(f"--env {args.env}: its defaults must be settings of {SCRIPT.name}"):
+        return Args(env=args.env, **settings)
+
+
 def main():
     try:
-        default = Args()
-        with contextlib.suppress(ImportError):  # a copied script has no envs/ beside it
-            from envs import recommended
-
-            default = recommended(Args)
-        args = tyro.cli(Args, default=default)
+        args = tyro.cli(Args, default=recommended())
         if args.play:
             play(args)
         elif args.export:
-            path = find_checkpoint(args)
-            export_policy(load_policy(path, args).actor, path.parent / "exported")
+            export_checkpoint(find_checkpoint(args), args)
         else:
             train(args)
     except (UserError, FloatingPointError, ImportError, OSError, torch.distributed.DistError) as error:

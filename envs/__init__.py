@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
 
-import tyro
+from .options import check_keywords
 
 BUILT_IN = {  # id: (module, class, options)
     "quadruped": ("quadruped", "Quadruped", {"terrain": "flat"}),
@@ -26,7 +25,7 @@ SIMULATORS = {  # prefix: module (and extra of pyproject.toml), for ids of the f
 }
 
 
-def make(env_id: str, num_envs: int, device: str = "cpu", seed: int = 0, compile: bool = False, **options):
+def make(env_id: str, num_envs: int, device: str = "cpu", seed: int = 0, compile: bool = False, cfg=None, **options):
     """Build an environment with the protocol of `vec_env.VecEnv`.
 
     Args:
@@ -36,6 +35,7 @@ def make(env_id: str, num_envs: int, device: str = "cpu", seed: int = 0, compile
         device: torch device.
         seed: seed of the environment.
         compile: the step may be compiled, where the task can (of the built-in ones: the quadruped).
+        cfg: options of the task, name -> value: dotted names of a simulator's configuration, or keyword arguments.
         **options: passed on, e.g. `play=True`.
 
     Raises:
@@ -46,15 +46,18 @@ def make(env_id: str, num_envs: int, device: str = "cpu", seed: int = 0, compile
     if env_id in BUILT_IN:
         module, cls, preset = BUILT_IN[env_id]
         factory = getattr(importlib.import_module(f".{module}", __name__), cls)
+        check_keywords(factory, cfg or {}, taken=("num_envs", "device", "seed", "compile", "play", "terminations"))
         if "compile" in inspect.signature(factory).parameters:
             options["compile"] = compile
-        return factory(num_envs=num_envs, device=device, seed=seed, **preset, **options)
+        return factory(num_envs=num_envs, device=device, seed=seed, **preset | options | (cfg or {}))
     if name and prefix in SIMULATORS:
-        return _simulator(prefix).make(name, num_envs=num_envs, device=device, seed=seed, **options)
+        return _simulator(prefix).make(name, num_envs=num_envs, device=device, seed=seed, cfg=cfg or {}, **options)
     if name:
         factory = getattr(importlib.import_module(prefix), name)
+        check_keywords(factory, cfg or {})
         settings = dict(num_envs=num_envs, device=device, seed=seed, compile=compile) | options
-        return factory(**{key: value for key, value in settings.items() if key in inspect.signature(factory).parameters})
+        wanted = inspect.signature(factory).parameters
+        return factory(**{key: value for key, value in settings.items() if key in wanted} | (cfg or {}))
     known = ", ".join([*BUILT_IN, *(f"{prefix}:<task>" for prefix in SIMULATORS), "package.module:factory"])
     raise ValueError(f"--env {env_id}: there is no such environment; there are {known}")
 
@@ -80,12 +83,6 @@ def defaults(env_id: str, fields=None) -> dict:
         shared = {name: value for name, value in renamed.items() if name in wanted or name.startswith("cnn_")}
         settings = shared | settings.get("distillation", {})
     return {name: value for name, value in settings.items() if name in fields}
-
-
-def recommended(args_class):
-    """The settings that the command line's `--env` is best trained with, as an instance of a script's `Args`."""
-    first = tyro.cli(args_class, args=[x for x in sys.argv[1:] if x not in ("-h", "--help")])
-    return args_class(env=first.env, **(defaults(first.env, vars(first)) if first.env_defaults else {}))
 
 
 def _simulator(prefix: str):

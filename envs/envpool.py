@@ -49,9 +49,10 @@ def can_draw(name: str) -> bool:
 
 
 def make(
-    name: str, num_envs: int, device: str = "cpu", seed: int = 0, play: bool = False, terminations: bool = True, **options
+    name: str, num_envs: int, device: str = "cpu", seed: int = 0, cfg=None, play: bool = False, terminations: bool = True
 ) -> EnvPoolEnv:
-    """`num_envs` environments of an EnvPool task; `options` go to `envpool.make`. `play` switches the renderer on."""
+    """`num_envs` environments of an EnvPool task; `cfg` goes to `envpool.make`. `play` switches the renderer on."""
+    options = dict(cfg or {})
     if not terminations:
         raise ValueError(f"--no-terminations: envpool:{name} ends its episodes itself and cannot be told not to")
     if name not in envpool.list_all_envs():

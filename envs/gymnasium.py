@@ -41,6 +41,8 @@ class NumpyVecEnv:
         self._groups = _groups(observation_space)
         self._action_space = _continuous(action_space)
         self.num_actions = int(np.prod(action_space.shape))
+        if np.isfinite([action_space.low, action_space.high]).all():
+            self.action_bounds = (-1.0, 1.0)
         self.episode_length_buf = torch.zeros(self.num_envs, dtype=torch.long, device=self.device)
         self._obs = self._to_groups(obs)
 
@@ -61,6 +63,12 @@ class NumpyVecEnv:
         )
         self.episode_length_buf.masked_fill_(dones, 0)
         return self._obs.clone(), rewards, dones, {"time_outs": time_outs, "final_obs": final_obs}
+
+    def export_metadata(self) -> dict:
+        """What [-1, 1] is mapped to: a robot's runner has to do it itself."""
+        return {name: getattr(self._action_space, name).ravel().tolist() for name in ("low", "high")} | {
+            "actions": "[-1, 1] is low, high"
+        }
 
     def close(self) -> None:
         self.vec.close()
@@ -102,9 +110,10 @@ class GymnasiumEnv(NumpyVecEnv):
 
 
 def make(
-    name: str, num_envs: int, device: str = "cpu", seed: int = 0, play: bool = False, terminations: bool = True, **options
+    name: str, num_envs: int, device: str = "cpu", seed: int = 0, cfg=None, play: bool = False, terminations: bool = True
 ) -> GymnasiumEnv:
-    """`num_envs` copies of a registered environment; `options` go to its constructor. `play` switches the renderer on."""
+    """`num_envs` copies of a registered environment; `cfg` goes to its constructor. `play` switches the renderer on."""
+    options = dict(cfg or {})
     if not terminations:
         raise ValueError(f"--no-terminations: gym:{name} ends its episodes itself and cannot be told not to")
     if play:
@@ -114,7 +123,7 @@ def make(
     try:
         vector = dict(autoreset_mode=AutoresetMode.DISABLED)
         vec = gymnasium.make_vec(name, num_envs, vectorization_mode="sync", vector_kwargs=vector, **options)
-    except gymnasium.error.Error as error:
+    except (gymnasium.error.Error, TypeError) as error:  # the latter for an option that there is not
         raise ValueError(f"gym:{name}: {error}") from None
     # seed + i would give the seeds 1 and 2 all their environments but one in common.
     obs, _ = vec.reset(seed=np.random.SeedSequence(seed).generate_state(num_envs).tolist())

@@ -23,13 +23,13 @@ def roll_out(env, policy, path, args) -> dict[str, float]:
         env: with the protocol of `vec_env.VecEnv`.
         policy: a script's `Policy`, or None: then `args.agent`, "zero" or "random", acts.
         path: of film and plots, without ending.
-        args: a script's settings, of which `agent`, `clip_actions`, `viewer` and `device` count.
+        args: a script's settings, of which `agent`, `clip_actions`, `viewer` and `film` count.
 
     Returns:
         Means over the episodes: `return`, `episode_length` [env steps], and of what the environment logs for each of its
         copies `Metrics/...` (over the episode) and `Episode/...` (at its end).
     """
-    n, limit = env.num_envs, args.clip_actions or math.inf
+    n, limit = env.num_envs, args.clip_actions or math.inf  # the policy has the limit of its training by itself
 
     def act(obs):
         if policy:
@@ -42,13 +42,15 @@ def roll_out(env, policy, path, args) -> dict[str, float]:
             raise SystemExit(f"error: --viewer: {type(env).__name__} has no viewer of its own; a film needs no flag")
         return env.view(act) or {}
     print(f"playing {pathlib.Path(path).name.removeprefix('play_')} in {n} environments")
-    env, obs, totals = Record(env, path), env.get_observations(), {}
+    env, obs, totals = Record(env, path) if args.film else env, env.get_observations(), {}
     running = torch.ones(n, dtype=torch.bool, device=env.device)
     while running.any():
         obs, rewards, dones, extras = env.step(act(obs))
         rewards, dones = (torch.as_tensor(x, device=env.device).view(n) for x in (rewards, dones))
         dones = dones.bool()
-        values = {name: x for name, x in ((extras or {}).get("log") or {}).items() if getattr(x, "shape", None) == running.shape}
+        values = {
+            name: x for name, x in ((extras or {}).get("log") or {}).items() if getattr(x, "shape", None) == running.shape
+        }
         for name, value in (values | {"return": rewards, "episode_length": torch.ones_like(rewards)}).items():
             total = totals.get(name, torch.zeros_like(value))
             if name.startswith("Episode/"):  # what counts is how the episode ended; the rest is summed up
@@ -58,12 +60,13 @@ def roll_out(env, policy, path, args) -> dict[str, float]:
         if policy:
             policy.reset(dones)
         running &= ~dones
-    env.write()
     results = {name: x / totals["episode_length"] if name.startswith("Metrics/") else x for name, x in totals.items()}
     for index in range(n):
         print(f"episode {index + 1:2d}" + "".join(f"  {name.split('/')[-1]} {x[index]:.3f}" for name, x in results.items()))
     means = {name: x.double().mean().item() for name, x in results.items()}
     print("mean      " + "".join(f"  {name.split('/')[-1]} {x:.3f}" for name, x in means.items()))
+    if args.film:
+        env.write()
     return means
 
 

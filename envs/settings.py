@@ -12,10 +12,12 @@ ALGORITHM = (
 )
 RNN = ("rnn_type", "rnn_hidden_dim", "rnn_num_layers")
 CNN = ("output_channels", "kernel_size", "stride", "dilation", "padding", "norm", "max_pool", "global_pool")
+SYMMETRY = ("use_data_augmentation", "use_mirror_loss", "mirror_loss_coeff")
 DISTRIBUTION = ("init_std", "std_type", "learn_std", "action_range", "class_name")
 # What the scripts decide by themselves, by their name or their flags.
 OWN = ("seed", "device", "logger", "run_name", "wandb_project", "neptune_project", "resume", "load_run", "load_checkpoint")
 OWN += ("store_code_state", "upload_model", "class_name", "torch_compile_mode", "obs_groups", "empirical_normalization")
+OWN += ("check_for_nan",)
 
 say = functools.cache(print)  # once
 
@@ -30,7 +32,7 @@ def from_rsl_rl(cfg: dict) -> dict:
     """
     algorithm = cfg.get("algorithm", {})
     groups = cfg["obs_groups"] if isinstance(cfg.get("obs_groups"), dict) else {}
-    old = "policy" in cfg
+    old = bool(cfg.get("policy"))  # Isaac Lab 3 has both, `policy` MISSING
     actor = cfg["policy"] if old else cfg.get("actor") or cfg.get("student") or {}
     critic = {} if old else cfg.get("critic") or cfg.get("teacher") or {}
     distribution = actor.get("distribution_cfg") or {}
@@ -64,12 +66,14 @@ def from_rsl_rl(cfg: dict) -> dict:
         wanted["distribution"] = "heteroscedastic"
     elif "Beta" in name:
         wanted["distribution"] = "beta"
+    wanted |= {name: (algorithm.get("symmetry_cfg") or {}).get(name) for name in SYMMETRY}
     if told(actor.get("rnn_type")):
         wanted |= {name: actor.get(name) for name in RNN}
     cnn = actor.get("cnn_cfg") or {}
     if all(isinstance(group, dict) for group in cnn.values()):  # one for each image group: what they have in common
         first, *others = cnn.values() if cnn else [{}]
         cnn = {name: value for name, value in first.items() if all(group.get(name) == value for group in others)}
+    cnn = {"stride": 1} | cnn if cnn else cnn  # rsl_rl's, where it is not said
     wanted |= {f"cnn_{name}": value for name, value in cnn.items() if name in CNN}
     settings = {name: _plain(value) for name, value in wanted.items() if told(value) is not None}
     left = _left(cfg, actor, critic, old, settings)
@@ -84,7 +88,8 @@ def _left(cfg, actor, critic, old, settings) -> list[str]:
 
     def look(path, part, known):
         for name, value in part.items():
-            if name not in known and value not in (None, {}, [], (), "", False):
+            foreign = name == "class_name" and ":" in str(value) and not str(value).startswith("rsl_rl")
+            if (name not in known or foreign) and value not in (None, {}, [], (), "", False):
                 left.append(f"{path}{name} {value}")
 
     models = ("policy", "actor", "critic", "student", "teacher")
@@ -97,10 +102,19 @@ def _left(cfg, actor, critic, old, settings) -> list[str]:
     known += ("init_noise_std", "noise_std_type", "state_dependent_std", "stochastic")
     known += tuple(f"{part}_{x}" for part in ("actor", "critic", "student", "teacher") for x in known[1:3])
     look(f"{name}.", actor, known)
-    look(f"{name}.distribution_cfg.", actor.get("distribution_cfg") or {}, DISTRIBUTION)
-    other, its = ("critic", critic) if "teacher" not in cfg else ("teacher", {})
-    for setting in ("activation", "obs_normalization", "rnn_type", "cnn_cfg"):  # one for both networks here
+    distribution, cnn = actor.get("distribution_cfg") or {}, actor.get("cnn_cfg") or {}
+    usual = tuple(distribution.get("std_range") or ()) == (1e-6, 1e6)  # rsl_rl's, and ours
+    look(f"{name}.distribution_cfg.", distribution, (*DISTRIBUTION, "std_range") if usual else DISTRIBUTION)
+    for path, group in cnn.items() if all(isinstance(group, dict) for group in cnn.values()) else [("", cnn)]:
+        same = ("activation",) if group.get("activation") == actor.get("activation") else ()  # one for all layers here
+        look(f"{name}.cnn_cfg.{path}{path and '.'}", group, (*CNN, *same, "flatten"))
+    other, its = ("critic", critic) if "teacher" not in cfg else ("teacher", {})  # a teacher's network is its checkpoint's
+    look(f"{other}.", its, known)
+    for setting in ("activation", "obs_normalization", "rnn_type"):  # one for both networks here
         if its and its.get(setting) != actor.get(setting):
+            left.append(f"{other}.{setting} {its.get(setting)}")
+    for setting in ("rnn_hidden_dim", "rnn_num_layers", "cnn_cfg"):
+        if its.get(setting) and its.get(setting) != actor.get(setting):
             left.append(f"{other}.{setting} {its.get(setting)}")
     pair = [actor.get(f"{part}_obs_normalization") for part in ("actor", "critic")]
     if all(isinstance(x, bool) for x in pair) and pair[0] != pair[1]:

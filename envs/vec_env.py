@@ -47,6 +47,8 @@ class VecEnv(Protocol):
     #   mirror_state()                         mirrors the whole simulation in place, to check that function: ppo_symmetry.py
     #                                          steps deep copies of the environment, with `play = True` for silence
     #   contacts() -> {foot: (N,) bool}        feet on the ground, in left-right pairs, for its `--play`
+    #   action_bounds: (low, high)             what `step` clips every action to; policies that are exported do so too
+    #   export_metadata() -> {name: value}     what a robot's runner has to know: strings, numbers, and lists of them
     #   view(policy)                           the simulator's own viewer, for `--play --viewer`
     #   close()                                called when training ends
 

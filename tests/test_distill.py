@@ -606,7 +606,7 @@ def live(rank, folder, tasks):
     torch.set_num_threads(1)
     os.dup2(os.open(f"out.{rank}", os.O_CREAT | os.O_WRONLY), 1)
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    module.export_policy, results = lambda actor, folder: folder.mkdir(), {}
+    module.export_policy, results = lambda _, folder, *__: folder.mkdir(), {}
     for name, port, function, *arguments in tasks:
         os.environ["MASTER_PORT"] = port
         results[name] = function(rank, *arguments)

@@ -285,19 +285,19 @@ def test_resumed_run_equals_the_uninterrupted_one(rnn_type, tmp_path, without_ex
 
 @KINDS
 def test_policy_carries_and_resets_its_state(rnn_type, tmp_path):
-    """load_policy and both exports, over 50 steps in which episodes of some and of all end, against the network unrolled."""
+    """load_policy and both exports, over 100 steps in which episodes of some and of all end, against the network unrolled."""
     onnxruntime = pytest.importorskip("onnxruntime")
     args = small(rnn_type=rnn_type, max_iterations=1, log_root=str(tmp_path), logger="none")
     history, agent = cases.run(ppo_rnn, args, make_env(args))
     folder = history.run_dir / "exported"
     actor, policy = agent["actor"], ppo_rnn.load_policy(history.run_dir / "model_0.pt", batch_size=4)
-    obs, dones = torch.randn(50, 4, 8), torch.zeros(50, 4, dtype=torch.bool)
-    dones[10, :2] = dones[24] = dones[31, 3] = True
+    obs, dones = torch.randn(100, 4, 8), torch.zeros(100, 4, dtype=torch.bool)
+    dones[10, :2] = dones[24] = dones[31, 3] = dones[70] = True
     zeros = torch.zeros(4, *ppo_rnn.state_shape(args))
 
     def unrolled(dones):
         with torch.no_grad():
-            return actor.unroll(TensorDict(policy=obs, batch_size=[50, 4]), zeros, dones)
+            return actor.unroll(TensorDict(policy=obs, batch_size=[100, 4]), zeros, dones)
 
     script = torch.jit.load(folder / "policy.pt")  # of one robot
     session = onnxruntime.InferenceSession(folder / "policy.onnx", providers=["CPUExecutionProvider"])
@@ -305,7 +305,7 @@ def test_policy_carries_and_resets_its_state(rnn_type, tmp_path):
     assert [x.name for x in session.get_inputs()] == ["obs", *states]
     assert [x.name for x in session.get_outputs()] == ["actions", *[name.replace("in", "out") for name in states]]
     hidden, expected = [torch.zeros(2, 4, 12).numpy() for _ in states], unrolled(dones)
-    for t in range(50):
+    for t in range(100):
         actions, *hidden = instruments.run_each(session, {"obs": obs[t].numpy()} | dict(zip(states, hidden)))
         for output in (policy.act(TensorDict(policy=obs[t], batch_size=[4])), torch.as_tensor(actions)):
             torch.testing.assert_close(output, expected[t], rtol=0, atol=1e-5)

@@ -12,15 +12,15 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 989,
-    "tokens of the base": 11_186,
-    "tokens of the base above the fence": 4642,
-    "code lines of the distillation": 1157,
-    "tokens of the distillation": 13_282,
-    "tokens of the distillation above the fence": 6738,
+    "code lines of the base": 1079,
+    "tokens of the base": 12_345,
+    "tokens of the base above the fence": 4672,
+    "code lines of the distillation": 1246,
+    "tokens of the distillation": 14_440,
+    "tokens of the distillation above the fence": 6769,
     "tokens of a variant beyond the base's": 1162,
     "tokens of the five variants beyond the base's": 4657,
-    "tokens of all seven, below the fence counted once": 45_800,
+    "tokens of all seven, below the fence counted once": 47_200,
     "tokens per code line": 13,
     "characters per line": 110,
 }
