@@ -1388,13 +1388,14 @@ def save(path, state, env, storage, iteration, args, whole=True):
         "row": storage.exclude("obs")[-1].to_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if storage.is_cuda else None,
-        "env": env.state_dict() if whole and hasattr(env, "state_dict") else None,
         "started": path.parent.name,  # the folder may be renamed
         "wandb": sys.modules["wandb"].run.id if args.logger == "wandb" else None,
     }
+    # mjlab: its runner looks here for how far the curricula have come.
+    infos = {"env_state": env.state_dict()} if whole and hasattr(env, "state_dict") else None
     partial = path.with_suffix(".partial")
     try:
-        torch.save(state | {"iter": iteration, "infos": None, "resume": resume}, partial)
+        torch.save(state | {"iter": iteration, "infos": infos, "resume": resume}, partial)
         os.replace(partial, path)
         attempt(upload, path, args)
     except (OSError, RuntimeError) as error:  # a full disk costs this checkpoint, not the run
@@ -1472,7 +1473,7 @@ def read_checkpoint(path, device=None):
                 from envs.legacy import translate
 
                 checkpoint = translate(checkpoint)
-        checkpoint = {"iter": 0, "resume": {"args": {}, "row": {}, "env": None}} | checkpoint
+        checkpoint = {"iter": 0, "infos": None, "resume": {"args": {}, "row": {}}} | checkpoint
         _ = checkpoint["iter"] + 1, {**checkpoint["resume"]["args"]}  # fails unless a number and a dict
         policy = checkpoint.get("student_state_dict") or checkpoint["actor_state_dict"]
     return checkpoint | {"actor_state_dict": policy}
@@ -1539,7 +1540,10 @@ def load(agent, env, storage, args):
             torch.set_rng_state(resume["rng"].cpu())
             if storage.is_cuda and resume["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
-        if same and resume["env"] is not None and env.load_state_dict(resume["env"]) is not False:
+        state = (checkpoint["infos"] or {}).get("env_state")
+        known = state and (same or not resume["args"]) and hasattr(env, "load_state_dict")
+        whole = known and env.load_state_dict(state) is not False
+        if same and whole:
             storage[-1].update_(resume["row"])
             copy_groups(storage["obs"][-1], env.get_observations())
             return start

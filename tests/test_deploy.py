@@ -179,6 +179,36 @@ def test_a_critic_to_start_from(no_export, capsys):
         module.train(args_of(resume=True, max_iterations=5, critic_checkpoint=str(first)), make("cartpole", 16))
 
 
+class Curriculum(toy.Toy):
+    """As mjlab's and Isaac Lab's: how far it has come is all that it can say of itself."""
+
+    steps_done = 0
+
+    def step(self, actions):
+        self.steps_done += 1
+        return super().step(actions)
+
+    def state_dict(self):
+        return {"common_step_counter": self.steps_done}
+
+    def load_state_dict(self, state):
+        self.steps_done = state["common_step_counter"]
+        return False
+
+
+def test_a_curriculum_goes_on(no_export):
+    """Where mjlab's runner writes and reads it, in a run of ours and in one of rsl_rl's that is continued here."""
+    path = module.train(args_of(env="toy:make"), Curriculum(16)).run_dir / "model_1.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["infos"] == {"env_state": {"common_step_counter": 16}}
+    del checkpoint["resume"]
+    torch.save(checkpoint, "theirs.pt")
+    for source in (str(path), "theirs.pt"):
+        env = Curriculum(16)
+        module.train(args_of(env="toy:make", max_iterations=3, resume=True, checkpoint=source), env)
+        assert env.steps_done == 16 + 8
+
+
 # ---- Options and defaults ----
 
 

@@ -417,7 +417,7 @@ def test_a_signal_finishes_the_iteration_saves_and_exits_0(number):
     assert process.returncode == 0
     last = int(output.rsplit("\niteration ", 1)[1].split("/")[0]) if "\niteration " in output else 2
     saved = torch.load(only_run() / f"model_{last}.pt", weights_only=True)
-    assert saved["iter"] == last and saved["resume"]["env"] is not None
+    assert saved["iter"] == last and saved["infos"]["env_state"] is not None
     assert (only_run() / "exported" / "policy.onnx").exists()
 
 
@@ -493,7 +493,7 @@ def test_an_error_keeps_the_last_finished_iteration(save_interval, capsys):
     saved = torch.load(only_run() / "model_1.pt", weights_only=True)
     assert saved["iter"] == 1 and all(is_same(saved[name], part) for name, part in module.state_of(good.agent).items())
     whole = save_interval == 1  # then it was there already, with the environment's state
-    assert (saved["resume"]["env"] is not None) == whole
+    assert (saved["infos"] is not None) == whole
     assert len(module.train(args_of(resume=True), make("cartpole", 16))) == 4
     assert ("the environment starts afresh" in capsys.readouterr().out) != whole
 

@@ -12,11 +12,11 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 1079,
-    "tokens of the base": 12_345,
+    "code lines of the base": 1082,
+    "tokens of the base": 12_375,
     "tokens of the base above the fence": 4672,
-    "code lines of the distillation": 1246,
-    "tokens of the distillation": 14_440,
+    "code lines of the distillation": 1249,
+    "tokens of the distillation": 14_475,
     "tokens of the distillation above the fence": 6769,
     "tokens of a variant beyond the base's": 1162,
     "tokens of the five variants beyond the base's": 4657,
