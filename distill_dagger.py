@@ -306,7 +306,7 @@ class Gaussian(nn.Module):
             mean, std = output.chunk(2, -1)
         else:
             mean, std = output, self.log_std_param if self.log else self.std_param
-        # rsl_rl: beyond these bounds there is no gradient, so that a std which gets there stays there.
+        # rsl_rl: a std beyond these bounds has no gradient and stays there. A flaw, kept to be equal.
         std = std.clamp(math.log(1e-6), math.log(1e6)).exp() if self.log else std.clamp(1e-6, 1e6)
         return self.make(mean, std.expand_as(mean))
 
@@ -562,7 +562,7 @@ def make_agent(env: VecEnv, obs: TensorDict, args: Args) -> SimpleNamespace:
 
 
 def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args: Args) -> TensorDict:
-    """Rows 0..T-1 hold a rollout, (T + 1, N, ...); row T is where the next one, or a resumed run, goes on."""
+    """Rows 0..T-1 hold a rollout, (T + 1, N, ...); row T holds what follows it, and starts the next."""
     shape = (args.num_steps_per_env + 1, args.num_envs)
 
     def zeros(*size, dtype=None):
@@ -592,10 +592,10 @@ def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args
 @torch.no_grad()
 def act(agent: SimpleNamespace, storage: TensorDict, t: int):
     """Sample the student's actions for the observations of row t, and ask the teacher for its own."""
-    row = storage[t].lock_()  # so that row["x"] = ..., which would not reach the storage, is an error
+    row = storage[t].lock_()  # locked: row["x"] = ... would not reach the storage, and raises
     output, student_state = agent.student(row["obs"], row["student_state"])
     policy = agent.student.distribution(output)
-    actions = policy.rsample()  # (N, A); sample() would wait for the device
+    actions = policy.rsample()  # (N, A); sample() would make the host wait for the GPU
     teacher_actions, teacher_state = agent.teacher.decide(row["obs"], row["teacher_state"])
     # The student acts, so that it learns what to do where it comes to, and not only on the teacher's path.
     write(row, actions=torch.where(row["teacher_acts"][:, None], teacher_actions, actions))
@@ -607,7 +607,7 @@ def act(agent: SimpleNamespace, storage: TensorDict, t: int):
 def collect(env: VecEnv, agent: SimpleNamespace, storage: TensorDict, policy_step, args: Args):
     """Fill the storage with T steps of `policy_step`, `act` or its graph; return what there is to log."""
     rows, logs = [row.lock_() for row in storage.unbind(0)], {}
-    rows[0].update_(rows[-1])  # go on where the last rollout ended
+    rows[0].update_(rows[-1])  # what the last rollout ended with starts this one
     for t, (row, next_row) in enumerate(zip(rows, rows[1:])):
         policy_step(agent, storage, t)
         actions = row["actions"].clone()  # the environment may keep it or write to it

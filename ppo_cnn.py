@@ -281,7 +281,7 @@ class Gaussian(nn.Module):
             mean, std = output.chunk(2, -1)
         else:
             mean, std = output, self.log_std_param if self.log else self.std_param
-        # rsl_rl: beyond these bounds there is no gradient, so that a std which gets there stays there.
+        # rsl_rl: a std beyond these bounds has no gradient and stays there. A flaw, kept to be equal.
         std = std.clamp(math.log(1e-6), math.log(1e6)).exp() if self.log else std.clamp(1e-6, 1e6)
         return self.make(mean, std.expand_as(mean))
 
@@ -390,7 +390,7 @@ class Model(nn.Module):
         num_outputs = distribution.num_outputs if distribution else 1
         self.mlp = make_mlp(size, num_outputs, hidden_dims, args.activation)
         self.cnns = cnns
-        if distribution:  # rsl_rl: outputs beyond one per action start as a constant (of Beta that is beta)
+        if distribution:  # rsl_rl: the outputs after the means (std, or beta) start as a constant
             nn.init.zeros_(self.mlp[-1].weight[distribution.num_actions :])
             nn.init.constant_(self.mlp[-1].bias[distribution.num_actions :], distribution.init_bias)
 
@@ -454,7 +454,7 @@ def make_agent(env: VecEnv, obs: TensorDict, args: Args) -> SimpleNamespace:
     if args.share_cnn_encoders and set(critic.images) != set(actor.images):
         raise UserError("--share-cnn-encoders: actor and critic must observe the same images")
     agent = SimpleNamespace(actor=actor, critic=critic)
-    parameters = list(nn.ModuleList([actor, critic]).parameters())  # what both share counts once
+    parameters = list(nn.ModuleList([actor, critic]).parameters())  # a list counts nothing twice
     agent.optimizer = make_optimizer(args.optimizer, parameters, args.learning_rate, args.device)
     return agent
 
@@ -463,7 +463,7 @@ def make_agent(env: VecEnv, obs: TensorDict, args: Args) -> SimpleNamespace:
 
 
 def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args: Args) -> TensorDict:
-    """Rows 0..T-1 hold a rollout, (T + 1, N, ...); row T is where the next one, or a resumed run, goes on.
+    """Rows 0..T-1 hold a rollout, (T + 1, N, ...); row T holds what follows it, and starts the next.
 
     A column that you add is in every mini-batch, in row T and in checkpoints as the others are.
     """
@@ -477,7 +477,7 @@ def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args
     return TensorDict(
         obs=obs.expand(*shape).contiguous(),
         actions=zeros(num_actions),
-        policy={name: torch.zeros_like(x) for name, x in params_of(policy).items()},  # that acted
+        policy={name: torch.zeros_like(x) for name, x in params_of(policy).items()},  # what acted
         log_prob=zeros(),
         values=zeros(),
         rewards=zeros(),
@@ -499,9 +499,9 @@ def params_of(policy: torch.distributions.Distribution) -> dict[str, Tensor]:
 @torch.no_grad()
 def act(agent: SimpleNamespace, storage: TensorDict, t: int):
     """Sample actions for the observations of row t, and store what PPO needs to know of them."""
-    row = storage[t].lock_()  # so that row["x"] = ..., which would not reach the storage, is an error
+    row = storage[t].lock_()  # locked: row["x"] = ... would not reach the storage, and raises
     policy = agent.actor.distribution(agent.actor(row["obs"]))
-    actions = policy.rsample()  # (N, A); sample() would wait for the device
+    actions = policy.rsample()  # (N, A); sample() would make the host wait for the GPU
     write(row, actions=actions, log_prob=policy.log_prob(actions).sum(-1))
     write(row, values=agent.critic(row["obs"]).squeeze(-1))
     write(row["policy"], **params_of(policy))
@@ -511,7 +511,7 @@ def act(agent: SimpleNamespace, storage: TensorDict, t: int):
 def collect(env: VecEnv, agent: SimpleNamespace, storage: TensorDict, policy_step, args: Args):
     """Fill the storage with T steps of `policy_step`, `act` or its graph; return what there is to log."""
     rows, logs = [row.lock_() for row in storage.unbind(0)], {}
-    rows[0].update_(rows[-1])  # go on where the last rollout ended
+    rows[0].update_(rows[-1])  # what the last rollout ended with starts this one
     for t, (row, next_row) in enumerate(zip(rows, rows[1:])):
         policy_step(agent, storage, t)
         actions = row["actions"].clone()  # the environment may keep it or write to it
@@ -539,18 +539,18 @@ def timeout_value(
     A time limit is no part of the task: the robot would have walked on and been paid for it. Without this the
     same state is worth less late in an episode, and the critic cannot know why (arXiv:1712.00378).
     """
-    # rsl_rl: V(s_t), one step early, since the observation returned is already the next episode's.
-    values = row["values"]
+    values = row["values"]  # where there is no final_obs: rsl_rl's choice, V(s_t), one step early
     if args.timeout_bootstrap == "none":
         return torch.zeros_like(values)
     if args.timeout_bootstrap == "final_obs" and extras.get("final_obs") is not None:
-        # The critic's estimate at the true last state. Of all N: to ask which have timed out is to wait.
+        # The critic's estimate at the true last state. It is asked for all N: to find out which have timed
+        # out, the host would have to wait for the GPU.
         final_obs = next_row["obs"].clone()
         copy_groups(final_obs, extras["final_obs"])
         # Batch norm mixes the rows, and those without a time-out may hold anything.
         final_obs = final_obs.where(extras["time_outs"], next_row["obs"])
         values = agent.critic(final_obs).squeeze(-1)
-    # Not a product: rows without a time-out may hold anything, NaN too.
+    # No time_outs * values: rows without a time-out may hold anything, and 0 * NaN is NaN.
     return torch.where(extras["time_outs"], values, 0.0)
 
 
@@ -566,9 +566,9 @@ def compute_gae(storage: TensorDict, args: Args) -> tuple[Tensor, Tensor]:
     for t in reversed(range(args.num_steps_per_env - 1)):
         advantages[t].add_(decay[t] * advantages[t + 1])
     returns = advantages + values[:-1]
-    advantages = returns - values[:-1]  # rsl_rl: rounds like this
+    advantages = returns - values[:-1]  # the same number, rounded as rsl_rl does
     if not args.normalize_advantage_per_mini_batch:
-        # Then the size of a step depends neither on the rewards' scale nor on the critic's bias.
+        # So a step's size does not depend on the rewards' scale, nor on an error of V that all states share.
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     return advantages, returns
 
@@ -577,7 +577,7 @@ def compute_gae(storage: TensorDict, args: Args) -> tuple[Tensor, Tensor]:
 
 
 def shuffle(storage: TensorDict, args: Args):
-    """Draw the order of the samples: apart from `update`, whose graph so has nothing random in it."""
+    """Draw the order of the samples. Not in `update`: its CUDA graph then holds nothing random."""
     size = args.num_envs * args.num_steps_per_env // args.num_mini_batches * args.num_mini_batches
     torch.randperm(size, out=storage["order"].flatten()[:size])
 
@@ -605,9 +605,9 @@ def ppo_loss(agent: SimpleNamespace, batch: TensorDict, args: Args) -> tuple[Ten
     ratio = torch.exp(log_prob - batch["log_prob"])
     clipped = ratio.clamp(1.0 - args.clip_param, 1.0 + args.clip_param)
     surrogate_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
-    # The larger of two errors: of V, and of V held to eps from its old value. So no sample gains by moving V
-    # further, which limits each one's loss, not how far V moves. eps is in return units: where returns are
-    # large nearly every sample is clipped.
+    # The larger of two errors: of V, and of V held to eps from its old value. Once V has moved by eps towards
+    # the return, the second is the larger one and has no gradient: this sample asks for no more. V may move
+    # further, for other samples' sake. eps is in return units: where returns are large, most are clipped.
     value_error = (values - batch["returns"]) ** 2
     if args.use_clipped_value_loss:
         step = (values - batch["values"]).clamp(-args.clip_param, args.clip_param)
@@ -618,7 +618,7 @@ def ppo_loss(agent: SimpleNamespace, batch: TensorDict, args: Args) -> tuple[Ten
     loss = surrogate_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
     with torch.no_grad():
         old_policy = agent.actor.distribution.make(**batch["policy"].to_dict())
-        kl = kl_divergence(old_policy, policy).sum(-1).mean()  # exact, before this step
+        kl = kl_divergence(old_policy, policy).sum(-1).mean()  # by formula, not from samples
         clip_fraction = (ratio != clipped).mean(dtype=loss.dtype)
     metrics = {"surrogate": surrogate_loss, "value": value_loss, "entropy": entropy, "kl": kl}
     return loss, {**metrics, "clip_fraction": clip_fraction, "mean_std": policy.stddev.mean()}
@@ -630,7 +630,7 @@ def backward(loss: Tensor, optimizer: torch.optim.Optimizer):
 
 
 def adapt_learning_rate(lr: Tensor, kl: Tensor, args: Args):
-    """/ 1.5 (down to 1e-5) if the policy has moved too far, x 1.5 (up to 1e-2) if hardly; in place.
+    """Each mini-batch: / 1.5 (down to 1e-5) if the policy has moved too far, x 1.5 (up to 1e-2) if hardly.
 
     How far a step moves the policy depends on the task and on the standard deviation, so that no fixed rate
     suits a whole training. rsl_rl: a KL of exactly 0, as a rule the first mini-batch's, changes nothing.
@@ -660,13 +660,13 @@ def mini_batch_step(agent: SimpleNamespace, batch: TensorDict, args: Args) -> di
 def update(agent: SimpleNamespace, storage: TensorDict, args: Args) -> dict[str, Tensor]:
     """All epochs over one rollout. rsl_rl: every epoch reads the same mini-batches."""
     rollout, steps = storage[:-1], []
-    rollout["advantages"], rollout["returns"] = compute_gae(storage, args)  # new columns of this view
+    rollout["advantages"], rollout["returns"] = compute_gae(storage, args)  # the storage does not get them
     batches = make_batches(rollout, args)
     for _ in range(args.num_learning_epochs):
         for batch in batches:
             steps.append(mini_batch_step(agent, batch, args))
     # The moments are learned after the epochs. Before them the update would read other numbers than the
-    # policy that acted, and the ratio would not start at 1.
+    # policy that acted, and the first ratio would not be 1.
     agent.actor.update_normalization(rollout["obs"])
     agent.critic.update_normalization(rollout["obs"])
     stds = [step.pop("mean_std") for step in steps]
