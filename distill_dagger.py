@@ -896,11 +896,11 @@ def check_settings(args):
     for name, kind in get_type_hints(Args).items():
         value = getattr(args, name)
         low = 0 if re.match(positive, name) else -math.inf
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise wrong(args, name, f"choose from {', '.join(get_args(kind))}")
-        kinds = (kind, int) if kind is float else (kind,)
-        if kind in (bool, int, float) and type(value) not in kinds:
-            raise wrong(args, name, f"must be {kind.__name__}, not {type(value).__name__}")
+        for x in value.values() if isinstance(value, dict) else [value]:
+            if get_origin(kind) is Literal and x not in get_args(kind):
+                raise wrong(args, name, f"choose from {', '.join(get_args(kind))}")
+            if kind in (bool, int, float) and type(x) not in ((kind, int) if kind is float else (kind,)):
+                raise wrong(args, name, f"must be {kind.__name__}, not {type(x).__name__}")
         for x in value if isinstance(value, (tuple, list)) else [value]:
             if type(x) not in (str, bool, int, float, dict, type(None)):
                 raise wrong(args, name, f"a checkpoint cannot hold a {type(x).__name__}")
@@ -914,6 +914,12 @@ def check_settings(args):
         raise wrong(args, "action_range", "the first number must be the smaller one")
     if args.logger not in ("tensorboard", "wandb", "none"):
         find(args, "logger")
+
+
+def of_network(args, network):
+    """The settings of the actor or the critic, where they differ: dict(actor=..., critic=...)."""
+    values = {name: x[network] for name, x in vars(args).items() if isinstance(x, dict) and network in x}
+    return replace(args, **values)
 
 
 def check_groups(obs, args, kinds):

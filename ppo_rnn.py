@@ -70,7 +70,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Args:
-    """Names are rsl_rl's, where it has them. Frozen: what changes while training is a tensor."""
+    """Names are rsl_rl's, where it has them. Frozen: what changes while training is a tensor.
+
+    From Python a network's setting may differ: activation=dict(actor="elu", critic="tanh").
+    """
 
     env: str = "quadruped"
     """Built-in task, `simulator:task`, or `package.module:factory` of your own."""
@@ -115,7 +118,7 @@ class Args:
     """Initial standard deviation of the actions."""
     learn_std: bool = True
     """Learn the standard deviation (`gaussian` only)."""
-    rnn_type: Literal["lstm", "gru"] = "lstm"
+    rnn_type: Literal["lstm", "gru", "none"] = "lstm"
     """Kind of memory; actor and critic each have their own."""
     rnn_hidden_dim: int = 256
     """H, size of each of its layers."""
@@ -335,11 +338,14 @@ class RNN(nn.Module):
 
     def __init__(self, size: int, args: Args):
         super().__init__()
-        self.is_lstm = args.rnn_type == "lstm"
-        self.rnn = (nn.LSTM if self.is_lstm else nn.GRU)(size, args.rnn_hidden_dim, args.rnn_num_layers)
+        self.is_lstm, self.rnn = args.rnn_type == "lstm", None
+        if args.rnn_type != "none":
+            self.rnn = (nn.LSTM if self.is_lstm else nn.GRU)(size, args.rnn_hidden_dim, args.rnn_num_layers)
 
     def forward(self, x: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
         """One step: (N, O) and hidden -> (N, H) and the next hidden."""
+        if not self.rnn:
+            return (x,)
         output, hidden = self.rnn(x[None], hidden if self.is_lstm else hidden[0])
         return output[0], *(hidden if self.is_lstm else (hidden,))
 
@@ -350,7 +356,7 @@ class RNN(nn.Module):
         """
         goes_on = (~dones).unsqueeze(-1).to(x.dtype)
         cell = torch.lstm_cell if self.is_lstm else torch.gru_cell
-        for layer, weights in enumerate(self.rnn.all_weights):
+        for layer, weights in enumerate(self.rnn.all_weights if self.rnn else ()):
             outputs, state = [], [part[layer] for part in hidden]  # (N, H) each
             for t in range(len(x)):
                 state = cell(x[t], state if self.is_lstm else state[0], *weights)
@@ -368,7 +374,7 @@ def unpack(state: Tensor) -> tuple[Tensor, ...]:
 
 
 def state_shape(args: Args) -> tuple[int, int, int]:
-    return 2 if args.rnn_type == "lstm" else 1, args.rnn_num_layers, args.rnn_hidden_dim  # (K, L, H)
+    return dict(none=0, gru=1, lstm=2)[args.rnn_type], args.rnn_num_layers, args.rnn_hidden_dim  # (K, L, H)
 
 
 class Model(nn.Module):
@@ -376,13 +382,16 @@ class Model(nn.Module):
 
     def __init__(self, obs: TensorDict, groups, hidden_dims, args: Args, distribution=None):
         super().__init__()
+        args = of_network(args, "actor" if distribution else "critic")
         self.groups, self.example = groups, obs.select(*groups)[:1]  # of one environment
         size = sum(obs[group].shape[-1] for group in groups)  # O
         self.obs_normalizer = EmpiricalNormalization(size) if args.obs_normalization else nn.Identity()
         self.distribution = distribution
         num_outputs = distribution.num_outputs if distribution else 1
-        self.mlp = make_mlp(args.rnn_hidden_dim, num_outputs, hidden_dims, args.activation)
-        self.rnn, self.state_shape = RNN(size, args), state_shape(args)  # rsl_rl: its weights are drawn last
+        self.state_shape = state_shape(args)
+        latent_size = args.rnn_hidden_dim if self.state_shape[0] else size
+        self.mlp = make_mlp(latent_size, num_outputs, hidden_dims, args.activation)
+        self.rnn = RNN(size, args)  # rsl_rl: its weights are drawn last
         if distribution:  # rsl_rl: the outputs after the means (std, or beta) start as a constant
             nn.init.zeros_(self.mlp[-1].weight[distribution.num_actions :])
             nn.init.constant_(self.mlp[-1].bias[distribution.num_actions :], distribution.init_bias)
@@ -398,7 +407,7 @@ class Model(nn.Module):
     def forward(self, obs: TensorDict, state: Tensor) -> tuple[Tensor, Tensor]:
         """One step, obs (N, ...) and state: output and next state."""
         output, *hidden = self.network(*self.inputs(obs).values(), *unpack(state))
-        return output, torch.stack(hidden).permute(2, 0, 1, 3)
+        return output, torch.stack(hidden).permute(2, 0, 1, 3) if hidden else state
 
     def unroll(self, obs: TensorDict, state: Tensor, dones: Tensor) -> Tensor:
         """A rollout, obs (T, N, ...), from the state at its start: outputs (T, N, ...)."""
@@ -476,8 +485,8 @@ def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args
         dones=zeros(dtype=torch.bool),  # dones[t] follows actions[t]
         episode_return=zeros(),  # of the running episode, before actions[t]
         episode_length=zeros(),
-        actor_state=zeros(*state_shape(args)),  # before actions[t]
-        critic_state=zeros(*state_shape(args)),
+        actor_state=zeros(*agent.actor.state_shape),  # before actions[t]
+        critic_state=zeros(*agent.critic.state_shape),
         batch_size=shape,
         device=obs.device,
     )
@@ -763,11 +772,11 @@ def check_settings(args):
     for name, kind in get_type_hints(Args).items():
         value = getattr(args, name)
         low = 0 if re.match(positive, name) else -math.inf
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise wrong(args, name, f"choose from {', '.join(get_args(kind))}")
-        kinds = (kind, int) if kind is float else (kind,)
-        if kind in (bool, int, float) and type(value) not in kinds:
-            raise wrong(args, name, f"must be {kind.__name__}, not {type(value).__name__}")
+        for x in value.values() if isinstance(value, dict) else [value]:
+            if get_origin(kind) is Literal and x not in get_args(kind):
+                raise wrong(args, name, f"choose from {', '.join(get_args(kind))}")
+            if kind in (bool, int, float) and type(x) not in ((kind, int) if kind is float else (kind,)):
+                raise wrong(args, name, f"must be {kind.__name__}, not {type(x).__name__}")
         for x in value if isinstance(value, (tuple, list)) else [value]:
             if type(x) not in (str, bool, int, float, dict, type(None)):
                 raise wrong(args, name, f"a checkpoint cannot hold a {type(x).__name__}")
@@ -781,6 +790,12 @@ def check_settings(args):
         raise wrong(args, "action_range", "the first number must be the smaller one")
     if args.logger not in ("tensorboard", "wandb", "none"):
         find(args, "logger")
+
+
+def of_network(args, network):
+    """The settings of the actor or the critic, where they differ: dict(actor=..., critic=...)."""
+    values = {name: x[network] for name, x in vars(args).items() if isinstance(x, dict) and network in x}
+    return replace(args, **values)
 
 
 def check_groups(obs, args, kinds):

@@ -1110,3 +1110,41 @@ def test_the_asked_precision_is_the_gpus(name, monkeypatch):
     finally:
         torch.backends.cudnn.allow_tf32 = before[0]
         torch.set_float32_matmul_precision(before[1])
+
+
+def test_a_setting_may_differ_between_the_networks(exports):
+    """From Python; also what an exported or loaded policy is built of, and what a resumed run must have."""
+    differing = dict(activation=dict(actor="elu", critic="tanh"), obs_normalization=dict(actor=False, critic=True))
+    args = args_of(**differing, max_iterations=2)
+    history = module.train(args, make("cartpole", 16))
+    actor, critic = history.agent.actor, history.agent.critic
+    assert isinstance(actor.mlp[1], torch.nn.ELU) and isinstance(critic.mlp[1], torch.nn.Tanh)
+    assert isinstance(actor.obs_normalizer, torch.nn.Identity) and critic.obs_normalizer.count > 0
+    obs = make("cartpole", 2).get_observations()
+    path = history.run_dir / "model_1.pt"
+    assert torch.equal(module.load_policy(path).act(obs), module.Policy(actor).act(obs))
+    assert (history.run_dir / "exported" / "policy.onnx").exists()
+    assert len(module.train(args_of(**differing, max_iterations=3, resume=True), make("cartpole", 16))) == 1
+    with pytest.raises(module.UserError, match="--activation .*: choose from elu, selu"):
+        module.train(args_of(activation=dict(actor="elu", critic="tan")), make("cartpole", 16))
+
+
+@pytest.mark.parametrize("remembers", ["actor", "critic"])
+def test_one_of_two_networks_may_have_a_memory(remembers, monkeypatch):
+    """A recurrent actor with an MLP as critic, or the other way round: trained and resumed as one run."""
+    import ppo_rnn
+
+    monkeypatch.setattr(ppo_rnn, "export_policy", lambda *_: None)
+    kinds = dict(actor="none", critic="none") | {remembers: "gru"}
+    settings = dict(TINY_RNN, rnn_type=kinds)
+    whole = ppo_rnn.train(ppo_rnn.Args(**settings, max_iterations=3, log_root="whole"), make("cartpole", 16))
+    has = {name: any("rnn" in key for key in getattr(whole.agent, name).state_dict()) for name in ("actor", "critic")}
+    assert has == {"actor": remembers == "actor", "critic": remembers == "critic"}
+    ppo_rnn.train(ppo_rnn.Args(**settings, max_iterations=2, log_root="logs"), make("cartpole", 16))
+    rest = ppo_rnn.train(ppo_rnn.Args(**settings, max_iterations=3, log_root="logs", resume=True), make("cartpole", 16))
+    assert str(numbers(rest)) == str(numbers(whole)[2:])
+    assert len(ppo_rnn.load_policy(rest.run_dir / "model_2.pt").act(make("cartpole", 1).get_observations())) == 1
+
+
+TINY_RNN = dict(env="cartpole", num_envs=16, num_steps_per_env=8, rnn_hidden_dim=8, device="cpu", logger="none")
+TINY_RNN |= dict(actor_hidden_dims=(8,), critic_hidden_dims=(8,))

@@ -12,15 +12,15 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 1082,
-    "tokens of the base": 12_375,
-    "tokens of the base above the fence": 4672,
-    "code lines of the distillation": 1249,
-    "tokens of the distillation": 14_475,
+    "code lines of the base": 1086,
+    "tokens of the base": 12_455,
+    "tokens of the base above the fence": 4684,
+    "code lines of the distillation": 1252,
+    "tokens of the distillation": 14_540,
     "tokens of the distillation above the fence": 6769,
     "tokens of a variant beyond the base's": 1162,
-    "tokens of the five variants beyond the base's": 4657,
-    "tokens of all seven, below the fence counted once": 47_200,
+    "tokens of the five variants beyond the base's": 4717,
+    "tokens of all seven, below the fence counted once": 47_400,
     "tokens per code line": 13,
     "characters per line": 110,
 }
