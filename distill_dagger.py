@@ -29,7 +29,7 @@ Differs from ppo_continuous.py:
 - Args, check_args, choose_groups, make_actor, make_agent: student and teacher instead of actor and critic
 - average, gather, patiently, limit, on_all_ranks: new, several ranks; EmpiricalNormalization and backward
   average over them
-- RNN, CNN: new, those of ppo_rnn.py and ppo_cnn.py; Model has both, and always a distribution
+- RNN, CNN, SpatialSoftmax: those of ppo_rnn.py and ppo_cnn.py; Model has both, and always a distribution
 - Gaussian, ScaledBeta: nothing learns the standard deviation, and nobody asks for log probabilities
 - Experts, read_teacher, make_teacher: new
 - make_storage, act, collect: the teacher's actions and both memories; params_of, timeout_value: left out
@@ -60,7 +60,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -143,7 +143,9 @@ class Args:
     cnn_max_pool: bool | tuple[bool, ...] = False
     """Halve the image after the activation, by the maximum of 3 x 3 pixels, for all layers or each."""
     cnn_global_pool: str = "none"
-    """`max` or `avg` reduces each channel of the last layer to one number."""
+    """`max` or `avg` reduces each channel of the last layer to a number, `spatial_softmax` to a place."""
+    cnn_temperature: float = 1.0
+    """Of the spatial softmax: the lower, the more a channel's largest pixel alone counts."""
     activation: Literal["elu", "selu", "relu", "leakyrelu", "tanh", "sigmoid", "gelu", "silu", "mish"] = "elu"
     """Of torch.nn, after each hidden layer."""
     distribution: Literal["gaussian", "heteroscedastic", "beta"] = "gaussian"
@@ -370,6 +372,25 @@ class RNN(nn.Module):
         return output[0], *(hidden if self.is_lstm else (hidden,))
 
 
+class SpatialSoftmax(nn.Module):
+    """(B, C, height, width) -> (B, 2 C): row and column in -1 .. 1 where each channel sees what it looks for.
+
+    They are means over all pixels, weighted by a softmax: arXiv:1504.00702.
+    """
+
+    def __init__(self, height: int, width: int, temperature: float):
+        super().__init__()
+        row, column = torch.linspace(-1.0, 1.0, height), torch.linspace(-1.0, 1.0, width)
+        # mjlab: its names, although x is the row.
+        self.register_buffer("pos_x", row.repeat_interleave(width)[None, None])  # (1, 1, height width)
+        self.register_buffer("pos_y", column.repeat(height)[None, None])
+        self.temperature = temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (x.flatten(2) / self.temperature).softmax(-1)  # (B, C, height width)
+        return torch.stack([(weight * pos).sum(-1) for pos in (self.pos_x, self.pos_y)], -1).flatten(1)
+
+
 class CNN(nn.Sequential):
     """Encoder of one image group, (B, channels, height, width) -> (B, F)."""
 
@@ -378,7 +399,7 @@ class CNN(nn.Sequential):
         settings = {name: value for name, value in vars(args).items() if name.startswith("cnn_")}
         try:
             settings = {k: x[group] if isinstance(x, dict) else x for k, x in settings.items()}
-            channels, *columns, padding, norms, max_pools, global_pool = settings.values()
+            channels, *columns, padding, norms, max_pools, global_pool, temperature = settings.values()
             columns += [norms, max_pools]
             columns = [x if isinstance(x, (tuple, list)) else [x] * len(channels) for x in columns]
             x, layers = torch.zeros(1, *image.shape[1:]), []  # x tells what size each layer leaves
@@ -394,15 +415,20 @@ class CNN(nn.Sequential):
                 layers += [nn.MaxPool2d(3, stride=2, padding=1)] if max_pool else []
                 x = layers[-1](x)
             kinds = {"none": [], "max": [nn.AdaptiveMaxPool2d(1)], "avg": [nn.AdaptiveAvgPool2d(1)]}
+            kinds["spatial_softmax"] = [SpatialSoftmax(*x.shape[2:], temperature)]
             layers += kinds[global_pool]
+            size = nn.Sequential(*kinds[global_pool])(x).numel()
         except Exception as error:
             image = f"{group} {tuple(image.shape[1:])}"
             raise UserError(f"{settings}: make no encoder of {image} ({first_line(error)})") from error
-        super().__init__(*layers, nn.Flatten())
-        self.size = x.numel() if global_pool == "none" else x.shape[1]  # F
+        if global_pool == "spatial_softmax":  # mjlab: its names, so that checkpoints fit
+            super().__init__(OrderedDict(cnn=nn.Sequential(*layers[:-1]), spatial_softmax=layers[-1]))
+        else:
+            super().__init__(*layers, nn.Flatten())
+        self.size = size  # F
 
     def forward(self, image: Tensor) -> Tensor:
-        x = image.to(self[0].weight.dtype)
+        x = image.to(next(self.parameters()).dtype)
         return super().forward(x / 255.0 if image.dtype == torch.uint8 else x)
 
 
@@ -892,7 +918,9 @@ def blaming(fault):
 def check_settings(args):
     """What holds in every script, for the command line and from Python."""
     # Counts, sizes, rates and limits: at 0 nothing would be done, or all be cut off.
-    positive = r"(\w+_)?num_|max_|save_|play_|.*_dim|.*_rate$|rank_|gradient_|clip_|desired_|init_std"
+    positive = (
+        r"(\w+_)?num_|max_|save_|play_|.*_dim|.*_rate$|rank_|gradient_|clip_|desired_|init_std|.*_temperature"
+    )
     for name, kind in get_type_hints(Args).items():
         value = getattr(args, name)
         low = 0 if re.match(positive, name) else -math.inf
@@ -1587,8 +1615,9 @@ def load(agent, env, storage, args):
             if storage.is_cuda and resume["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
         state = (checkpoint["infos"] or {}).get("env_state")
-        known = state and (same or not resume["args"]) and hasattr(env, "load_state_dict")
-        whole = known and env.load_state_dict(state) is not False
+        # A curriculum goes on whatever else has changed.
+        fits = same or not resume["args"] or [*(state or ())] == ["common_step_counter"]
+        whole = state and fits and hasattr(env, "load_state_dict") and env.load_state_dict(state) is not False
         if same and whole:
             storage[-1].update_(resume["row"])
             copy_groups(storage["obs"][-1], env.get_observations())
@@ -1770,7 +1799,10 @@ def recommended():
         with contextlib.suppress(ImportError):  # a copied script has no envs/ beside it
             from envs import defaults
 
-            settings = defaults(args.env, vars(args))
+            try:
+                settings = defaults(args.env, vars(args))
+            except ValueError as error:
+                raise UserError(str(error)) from error
         settings = getattr(own_factory(args), "defaults", settings)
     with blaming(f"--env {args.env}: its defaults must be settings of {SCRIPT.name}"):
         return Args(env=args.env, **settings)
@@ -1778,7 +1810,9 @@ def recommended():
 
 def main():
     try:
-        args = tyro.cli(Args, default=recommended())
+        default = recommended()
+        warnings.filterwarnings("ignore", ".*is annotated with type")  # a default may be one for each network
+        args = tyro.cli(Args, default=default)
         if args.play:
             play(args)
         elif args.export:

@@ -787,7 +787,9 @@ def blaming(fault):
 def check_settings(args):
     """What holds in every script, for the command line and from Python."""
     # Counts, sizes, rates and limits: at 0 nothing would be done, or all be cut off.
-    positive = r"(\w+_)?num_|max_|save_|play_|.*_dim|.*_rate$|rank_|gradient_|clip_|desired_|init_std"
+    positive = (
+        r"(\w+_)?num_|max_|save_|play_|.*_dim|.*_rate$|rank_|gradient_|clip_|desired_|init_std|.*_temperature"
+    )
     for name, kind in get_type_hints(Args).items():
         value = getattr(args, name)
         low = 0 if re.match(positive, name) else -math.inf
@@ -1482,8 +1484,9 @@ def load(agent, env, storage, args):
             if storage.is_cuda and resume["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
         state = (checkpoint["infos"] or {}).get("env_state")
-        known = state and (same or not resume["args"]) and hasattr(env, "load_state_dict")
-        whole = known and env.load_state_dict(state) is not False
+        # A curriculum goes on whatever else has changed.
+        fits = same or not resume["args"] or [*(state or ())] == ["common_step_counter"]
+        whole = state and fits and hasattr(env, "load_state_dict") and env.load_state_dict(state) is not False
         if same and whole:
             storage[-1].update_(resume["row"])
             copy_groups(storage["obs"][-1], env.get_observations())
@@ -1665,7 +1668,10 @@ def recommended():
         with contextlib.suppress(ImportError):  # a copied script has no envs/ beside it
             from envs import defaults
 
-            settings = defaults(args.env, vars(args))
+            try:
+                settings = defaults(args.env, vars(args))
+            except ValueError as error:
+                raise UserError(str(error)) from error
         settings = getattr(own_factory(args), "defaults", settings)
     with blaming(f"--env {args.env}: its defaults must be settings of {SCRIPT.name}"):
         return Args(env=args.env, **settings)
@@ -1673,7 +1679,9 @@ def recommended():
 
 def main():
     try:
-        args = tyro.cli(Args, default=recommended())
+        default = recommended()
+        warnings.filterwarnings("ignore", ".*is annotated with type")  # a default may be one for each network
+        args = tyro.cli(Args, default=default)
         if args.play:
             play(args)
         elif args.export:

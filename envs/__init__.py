@@ -22,6 +22,7 @@ SIMULATORS = {  # prefix: module (and extra of pyproject.toml), for ids of the f
     "playground": "playground",
     "genesis": "genesis",
     "isaaclab": "isaaclab",
+    "maniskill": "maniskill",
 }
 
 
@@ -78,7 +79,8 @@ def defaults(env_id: str, fields=None) -> dict:
     if fields is None:
         return settings
     if "teacher" in fields:
-        renamed = {name.replace("actor_", "student_"): value for name, value in settings.items()}
+        of_actor = {name: x["actor"] if isinstance(x, dict) and "actor" in x else x for name, x in settings.items()}
+        renamed = {name.replace("actor_", "student_"): value for name, value in of_actor.items()}
         wanted = ("num_envs", "clip_actions", "activation", "student_hidden_dims")
         shared = {name: value for name, value in renamed.items() if name in wanted or name.startswith("cnn_")}
         settings = shared | settings.get("distillation", {})

@@ -1,6 +1,8 @@
 """Genesis: `--env genesis:go2`, a Unitree Go2 that learns to walk forward at 0.5 m/s, as in Genesis' own example.
 
-Genesis is a simulator without an env layer; this file is that layer, and a pattern for tasks of your own.
+Genesis is a simulator without an env layer; this file is that layer, and a pattern for tasks of your own: a module my_tasks
+that does `envs.genesis.TASKS["name"] = (MyTask, {"gamma": 0.98})` is used by `--env genesis:my_tasks:name`. Options are
+keyword arguments of the task: `--env-cfg kp=30 command=[1,0,0]`.
 Observation group `policy` (45): angular velocity * 0.25, projected gravity, command * (2, 2, 0.25), joint positions less the
 default pose, joint velocities * 0.05, last action.
 Action (12): joint position targets, pose + 0.25 * action [rad], carried out one step late as on the robot; kp 20, kd 0.5.
@@ -18,12 +20,13 @@ import torch
 from genesis.utils.geom import inv_quat, transform_by_quat
 from tensordict import TensorDict
 
+from .options import check_keywords, task_of
 from .torch_env import TorchEnv
 
 JOINTS = [f"{leg}_{joint}_joint" for leg in ("FR", "FL", "RR", "RL") for joint in ("hip", "thigh", "calf")]
 POSE = [0.0, 0.8, -1.5] * 2 + [0.0, 1.0, -1.5] * 2  # rad
 START = [0.0, 0.0, 0.42, 1.0, 0.0, 0.0, 0.0]  # m, quaternion (w, x, y, z)
-COMMAND = [0.5, 0.0, 0.0]  # m/s, m/s, rad/s
+COMMAND = (0.5, 0.0, 0.0)  # m/s, m/s, rad/s
 
 
 class Go2(TorchEnv):
@@ -35,12 +38,27 @@ class Go2(TorchEnv):
         seed: seed of Genesis.
         play: add a camera for `render`.
         terminations: False: falling over does not end the episode.
+        command: velocities that are commanded, forward, sideways [m/s] and about the vertical [rad/s].
+        kp: stiffness of the joints [N m/rad].
+        kd: their damping [N m s/rad].
+        episode_length_s: time limit [s].
     """
 
     capturable = False
 
-    def __init__(self, num_envs, device="cpu", seed=0, play=False, terminations=True):
-        super().__init__(num_envs, 12, 20.0, 0.02, device, seed, terminations)
+    def __init__(
+        self,
+        num_envs,
+        device="cpu",
+        seed=0,
+        play=False,
+        terminations=True,
+        command=COMMAND,
+        kp=20.0,
+        kd=0.5,
+        episode_length_s=20.0,
+    ):
+        super().__init__(num_envs, 12, episode_length_s, 0.02, device, seed, terminations)
         if not gs._initialized:
             backend = gs.gpu if self.device.type == "cuda" else gs.cpu
             gs.init(backend=backend, precision="32", logging_level="warning", seed=seed)
@@ -55,13 +73,13 @@ class Go2(TorchEnv):
         self.camera = self.scene.add_camera(res=(640, 480), pos=(2.0, -2.0, 1.2), lookat=(0.0, 0.0, 0.3)) if play else None
         self.scene.build(n_envs=num_envs)
         self.motors = [self.robot.get_joint(name).dofs_idx_local[0] for name in JOINTS]
-        self.robot.set_dofs_kp([20.0] * 12, self.motors)  # N m/rad
-        self.robot.set_dofs_kv([0.5] * 12, self.motors)  # N m s/rad
+        self.robot.set_dofs_kp([kp] * 12, self.motors)
+        self.robot.set_dofs_kv([kd] * 12, self.motors)
 
         self.pose = self._tensor(POSE)  # (12,)
         self.start = torch.cat((self._tensor(START), torch.zeros(12, device=self.device)))  # (19,) as Genesis orders its joints
         self.start[[7 + motor - 6 for motor in self.motors]] = self.pose
-        self.command = self._tensor(COMMAND).repeat(num_envs, 1)  # (N, 3)
+        self.command = self._tensor(command).float().repeat(num_envs, 1)  # (N, 3)
         self.action = torch.zeros(num_envs, 12, device=self.device)
         self.reset_all()
 
@@ -129,12 +147,23 @@ class Go2(TorchEnv):
         self.scene.destroy()
 
 
-def make(name: str, num_envs: int, device: str = "cpu", seed: int = 0, **options) -> Go2:
-    if name != "go2":
-        raise ValueError(f"genesis:{name}: there is no such task; there is go2")
-    return Go2(num_envs, device, seed, **options)
+# Name: class, and the settings that it is best trained with; of Genesis' example what `Args` does not have already.
+TASKS = {"go2": (Go2, dict(max_iterations=101, obs_normalization=False))}
+
+
+def make(name, num_envs, device="cpu", seed=0, cfg=None, play=False, terminations=True):
+    """Build a task; `cfg` are keyword arguments of its class."""
+    task, _ = _known(name)
+    check_keywords(task, cfg or {}, taken=("num_envs", "device", "seed", "play", "terminations"))
+    return task(num_envs=num_envs, device=device, seed=seed, play=play, terminations=terminations, **(cfg or {}))
 
 
 def defaults(name: str) -> dict:
-    """The settings of Genesis' example, where they are not those of `Args` already."""
-    return dict(max_iterations=101, obs_normalization=False)
+    return _known(name)[1]
+
+
+def _known(name: str):
+    task = task_of(name)
+    if task not in TASKS:
+        raise ValueError(f"genesis:{name}: there is no such task; there are {', '.join(TASKS)}")
+    return TASKS[task]

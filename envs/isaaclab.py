@@ -1,23 +1,37 @@
-"""Isaac Lab: `--env isaaclab:Isaac-Velocity-Flat-Anymal-D-v0`, any registered task. NOT RUN by this project: no Isaac Sim
-at hand; written to the source of `isaaclab_rl.rsl_rl.RslRlVecEnvWrapper` and tested against a stub of it.
+"""Isaac Lab, 2 and 3: `--env isaaclab:Isaac-Velocity-Flat-Anymal-D-v0`, in 3 `isaaclab:Isaac-Velocity-Flat-AnymalD`.
 
-Isaac Sim has to start before anything of Isaac Lab is imported, hence the imports inside functions. It starts without a
-window; `HEADLESS=0` opens one. Tasks with cameras, and videos, need `ENABLE_CAMERAS=1`.
-The wrapper draws new sensor noise whenever observations are read and reuses its reward buffer; neither is passed on. True
-last observations are asked for (`compute_final_obs`) where the installed version has them.
+Any registered task, also of a module of your own: `--env isaaclab:my_tasks:My-Velocity-v0`. `--env-cfg` sets fields of its
+configuration, in 3 also the selectors: `--env-cfg physics=newton_mjwarp episode_length_s=10`.
+Run by this project: 2.3.2's environments and wrapper without physics, on stand-ins of Isaac Sim's modules, and 3.0.0's with
+Newton, both on a CPU. NOT RUN: Isaac Sim.
+
+Isaac Sim has to start before anything of Isaac Lab 2 is imported, hence the imports inside functions; Isaac Lab 3 starts it for
+the tasks that need it. No window opens, unless `HEADLESS=0`. In 2, tasks with cameras and videos need `ENABLE_CAMERAS=1`.
+The wrapper of 2 draws new sensor noise whenever observations are read, and both reuse their reward buffer; neither is passed on.
+True last observations are asked for (`compute_final_obs`) where the installed version has them.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import difflib
 import functools
 import os
+import re
 
-from isaaclab.app import AppLauncher
+try:
+    from isaaclab.app import launch_simulation  # Isaac Lab 3
+except ImportError:
+    from isaaclab.app import AppLauncher
+
+    launch_simulation = None
 from tensordict import TensorDict
 
+from .options import set_fields, task_of
 from .settings import from_rsl_rl
+
+KEPT = {"scene.num_envs": "--num-envs", "seed": "--seed", "sim.device": "--device"}
 
 
 class IsaacLabEnv:
@@ -46,68 +60,145 @@ class IsaacLabEnv:
     def step_dt(self) -> float:
         return self.env.unwrapped.step_dt  # s
 
+    @property
+    def symmetry(self):
+        """The mirror function that the task's settings for rsl_rl name; ppo_symmetry.py takes it."""
+        spec = self.env.unwrapped.spec
+        for key in ("rsl_rl_with_symmetry_cfg_entry_point", "rsl_rl_cfg_entry_point"):
+            cfg = _runner(spec.id, key).algorithm.symmetry_cfg if key in spec.kwargs else None
+            if cfg is not None:
+                return cfg.data_augmentation_func
+        raise AttributeError("symmetry")
+
     def get_observations(self) -> TensorDict:
         return self._obs.clone()
 
     def step(self, actions):
         self._obs, rewards, dones, extras = self.env.step(actions)
-        final_obs = extras.get("final_obs")
-        if isinstance(final_obs, dict):
-            extras["final_obs"] = TensorDict(final_obs, batch_size=[self.env.num_envs])
+        extras = dict(extras)  # Isaac Lab's own, which it goes on writing to
+        if isinstance(extras.get("final_obs"), dict):
+            extras["final_obs"] = TensorDict(extras["final_obs"], batch_size=[self.env.num_envs])
         return self._obs.clone(), rewards.clone(), dones, extras
 
     def render(self):
-        """(H, W, 3) uint8 picture; needs `play=True` and `ENABLE_CAMERAS=1`."""
+        """(H, W, 3) uint8 picture in Isaac Lab 2, with `play=True` and `ENABLE_CAMERAS=1`; None in 3."""
         return self.env.unwrapped.render()
 
+    def state_dict(self) -> dict:
+        """The step counter that curricula follow."""
+        return {"common_step_counter": self.env.unwrapped.common_step_counter}
 
-def make(name, num_envs, device="cuda:0", seed=0, play=False, terminations=True, **options) -> IsaacLabEnv:
-    """Build a task. `play` takes the task's own play variant (`...-Play-v0`) where there is one; `options` go to `gym.make`."""
+    def load_state_dict(self, state: dict) -> bool:
+        """False: episodes start afresh all the same."""
+        self.env.unwrapped.common_step_counter = state["common_step_counter"]
+        return False
+
+
+def make(name, num_envs, device="cuda:0", seed=0, cfg: dict | None = None, play=False, terminations=True) -> IsaacLabEnv:
+    """Build a task; `cfg` are fields of its configuration, by dotted names (`{"rewards.alive.weight": 2.0}`).
+
+    `play` takes the task's own play variant: `...-Play-v0` where that is registered, and what its configuration does in
+    `play_mode()`, where it has one. Options of what that does not have, say of a push, are left out there.
+    """
     if not terminations:
         raise ValueError(f"--no-terminations: isaaclab:{name} ends its episodes itself; its play variant may not")
-    _start()
+    task, options = _task(name), dict(cfg or {})
     import gymnasium
-    from isaaclab_rl.rsl_rl import RslRlVecEnvWrapper
     from isaaclab_tasks.utils import parse_env_cfg
 
-    name = _variant(name) if play else name
-    cfg = parse_env_cfg(name, device=str(device), num_envs=num_envs)
-    cfg.seed = seed
-    if hasattr(cfg, "compute_final_obs"):
-        cfg.compute_final_obs = True
-    env = gymnasium.make(name, cfg=cfg, render_mode="rgb_array" if play else None, **options)
-    return IsaacLabEnv(RslRlVecEnvWrapper(env))
+    chosen = []
+    if launch_simulation:
+        chosen = [f"{x}={options.pop(x)}" for x in ("physics", "renderer", "presets") if x in options]
+
+    def parse():
+        try:
+            return parse_env_cfg(task, device=str(device), **({"overrides": chosen} if chosen else {}))
+        except ValueError as error:
+            raise ValueError(f"--env-cfg {' '.join(chosen)}: {' '.join(str(error).split())}") if chosen else error from None
+
+    env_cfg = parse()
+    set_fields(env_cfg, options, KEPT)
+    if play:
+        task = _variant(task)
+        env_cfg = parse()
+        if hasattr(env_cfg, "play_mode"):
+            env_cfg.play_mode()
+        for option, value in options.items():
+            with contextlib.suppress(ValueError):  # of what it does not have
+                set_fields(env_cfg, {option: value})
+    env_cfg.scene.num_envs, env_cfg.seed = num_envs, seed
+    if hasattr(env_cfg, "compute_final_obs"):
+        env_cfg.compute_final_obs = True
+    if launch_simulation:
+        _launch(env_cfg)
+    from isaaclab_rl.rsl_rl import RslRlVecEnvWrapper
+
+    picture = "rgb_array" if play and not launch_simulation else None
+    return IsaacLabEnv(RslRlVecEnvWrapper(gymnasium.make(task, cfg=env_cfg, render_mode=picture)))
 
 
 def defaults(name: str) -> dict:
     """The task's own PPO settings, and those for distillation, where it has any."""
-    _start()
-    from isaaclab_tasks.utils import load_cfg_from_registry
+    task = _task(name)
+    import gymnasium
 
     def read(kind):
-        return from_rsl_rl(load_cfg_from_registry(name, f"rsl_rl_{kind}_entry_point").to_dict())
+        key = f"rsl_rl_{kind}_entry_point"
+        return from_rsl_rl(_runner(task, key).to_dict()) if key in gymnasium.spec(task).kwargs else {}
 
-    settings = read("cfg")
-    with contextlib.suppress(ValueError):  # there is none
-        settings["distillation"] = read("distillation_cfg")
-    return settings
+    students = read("distillation_cfg")
+    return read("cfg") | ({"distillation": students} if students else {})
+
+
+def _task(name: str) -> str:
+    """Start what has to start first, and import the modules that register tasks; the id of one of them."""
+    if not launch_simulation:
+        _start()
+    import gymnasium
+    import isaaclab_tasks  # noqa: F401
+
+    task = task_of(name)
+    known = [x for x, spec in gymnasium.registry.items() if "env_cfg_entry_point" in spec.kwargs]
+    if task not in known:
+        near = difflib.get_close_matches(task, known, n=3, cutoff=0.0)
+        raise ValueError(f"isaaclab:{name}: there is no such task; near it are {', '.join(near)}")
+    return task
+
+
+def _runner(task: str, key: str):
+    """The task's settings of rsl_rl's runner."""
+    from isaaclab_tasks import utils
+
+    cfg = utils.load_cfg_from_registry(task, key)
+    return utils.resolve_presets(cfg) if launch_simulation else cfg
+
+
+def _headless() -> bool:
+    return os.environ.get("HEADLESS", "1") != "0"
 
 
 @functools.cache
 def _start():
-    """Start Isaac Sim, once, and register the tasks. It is stopped when Python exits: closing it may end the process."""
-    headless = os.environ.get("HEADLESS", "1") != "0"
-    app = AppLauncher(headless=headless, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}").app
+    """Isaac Lab 2: start Isaac Sim, once. It is stopped when Python exits: closing it may end the process."""
+    app = AppLauncher(headless=_headless(), device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}").app
     atexit.register(app.close)
-    import isaaclab_tasks  # noqa: F401
 
-    return app
+
+def _launch(cfg):
+    """Isaac Lab 3: start what this configuration's physics and cameras need, which for Newton is nothing; it stops when Python exits."""
+    from isaaclab.utils.version import has_kit
+
+    if not has_kit():  # of an environment before it
+        stack = contextlib.ExitStack()
+        stack.enter_context(
+            launch_simulation(cfg, {"device": cfg.sim.device, "visualizer": "none" if _headless() else "newton_gl"})
+        )
+        atexit.register(stack.close)
 
 
 def _variant(name: str) -> str:
     """`Isaac-Task-v0` -> `Isaac-Task-Play-v0`, if that is registered."""
     import gymnasium
 
-    base, _, version = name.rpartition("-")
-    play = f"{base}-Play-{version}"
+    play = re.sub(r"(-v\d+)?$", r"-Play\1", name, count=1)
     return play if play in gymnasium.registry else name

@@ -5,9 +5,13 @@ Dotted names are fields of a simulator's configuration (`set_fields`), plain one
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 import importlib
 import inspect
+import os
+import sys
 from typing import Any
 
 
@@ -19,10 +23,11 @@ def task_of(name: str) -> str:
     """
     module, _, task = name.rpartition(":")
     if module:
+        sys.path.append(os.getcwd())  # a script's own folder may be another
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if not module.startswith(str(error.name)):  # a mistake in the module itself
+            if not f"{module}.".startswith(f"{error.name}."):  # a mistake in the module itself
                 raise
             raise ValueError(f"--env {name}: there is no module {module} that could register {task}") from None
     return task
@@ -45,13 +50,9 @@ def set_fields(cfg: Any, options: dict[str, Any], kept: dict[str, str] | None = 
         if name in (kept or {}):
             raise ValueError(f"--env-cfg {name}={value}: say {kept[name]}")
         owner, (*path, last) = cfg, name.split(".")
-        for step in path:
-            owner = _field(owner, step, name)
-        new = _like(_field(owner, last, name), value, name)
-        if hasattr(owner, "keys"):
-            owner[last] = new
-        else:
-            setattr(owner, last, new)
+        for step in path:  # copies: in mjlab's configurations actor and critic share their terms
+            owner = _put(owner, step, copy.copy(_field(owner, step, name)))
+        _put(owner, last, _like(_field(owner, last, name), value, name))
 
 
 def check_keywords(function: Any, options: dict[str, Any], taken: tuple[str, ...] = ()) -> None:
@@ -76,6 +77,14 @@ def _field(owner: Any, step: str, name: str) -> Any:
     return fields[step]
 
 
+def _put(owner: Any, step: str, value: Any) -> Any:
+    if hasattr(owner, "keys"):
+        owner[step] = value
+    else:
+        setattr(owner, step, value)
+    return value
+
+
 def _nearest(name: str, known) -> str:
     known = [x for x in known if not x.startswith("_")]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)[:8]
@@ -87,8 +96,11 @@ def _like(old: Any, value: Any, name: str) -> Any:
     kind = type(old)
     if old is None or value is None or type(value) is kind:
         return value
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind is float and type(value) in (int, str):  # YAML takes 1e-3 for a text
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if kind is int and type(value) is float:  # `episode_length_s = 5` is how a configuration may say 5.0
+        return value
     if kind in (list, tuple) and isinstance(value, (list, tuple)):
         return kind(_like(old[0], x, name) if old and len({type(y) for y in old}) == 1 else x for x in value)
     raise ValueError(f"--env-cfg {name}: {value!r} is {type(value).__name__}; there is {old!r} of {kind.__name__}")

@@ -1,5 +1,7 @@
 """MuJoCo Playground (MJX, on JAX): `--env playground:CartpoleBalance`, any task of its registry.
 
+`--env playground:my_tasks:Task` is one that the module my_tasks registers with one of Playground's suites. Options are dotted
+names of the task's configuration: `--env-cfg reward_config.scales.action_rate=-0.02`.
 Its own wrapper for rsl_rl resets whenever observations are read, has float dones, no `episode_length_buf`, and begins every
 episode of an environment in the same state, with the random numbers and counters of the last one. So the batched task is
 wrapped here directly: one compiled step that also resets, from initial states that are drawn anew once per episode length.
@@ -16,11 +18,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX take
 import jax
 import jax.numpy as jnp
 import torch
-from mujoco_playground import registry
+from mujoco_playground import dm_control_suite, locomotion, manipulation, registry
 from mujoco_playground.config import locomotion_params
 from tensordict import TensorDict
 
+from .options import set_fields, task_of
 from .settings import from_rsl_rl
+
+KEPT = {"num_envs": "--num-envs", "seed": "--seed", "device": "--device"}
 
 
 class PlaygroundEnv:
@@ -34,6 +39,8 @@ class PlaygroundEnv:
         seed: seed of the initial states.
         cfg: what to write to the run folder.
     """
+
+    action_bounds = (-1.0, 1.0)
 
     def __init__(self, task, num_envs, max_episode_length, device, seed, cfg):
         self.task, self.num_envs, self.cfg = task, num_envs, cfg
@@ -98,28 +105,37 @@ class PlaygroundEnv:
         return TensorDict(tensors, batch_size=[self.num_envs], device=self.device)
 
 
-def make(
-    name: str, num_envs: int, device: str = "cpu", seed: int = 0, play: bool = False, terminations: bool = True, **options
-) -> PlaygroundEnv:
-    """Build a task; `options` override its config. `play` is accepted for uniformity."""
+def make(name, num_envs, device="cpu", seed=0, cfg=None, play=False, terminations=True) -> PlaygroundEnv:
+    """Build a task; `cfg` are options, dotted name -> value. `play` is accepted for uniformity."""
+    task = _known(name)
     if not terminations:
         raise ValueError(f"--no-terminations: playground:{name} ends its episodes itself and cannot be told not to")
-    if name not in registry.ALL_ENVS:
-        raise ValueError(f"playground:{name}: there is no such task; there are {', '.join(registry.ALL_ENVS)}")
-    config = registry.get_default_config(name)
+    config = registry.get_default_config(task)
     if torch.device(device).type == "cpu" and "impl" in config:
-        options = {"impl": "jax", **options}  # the default, Warp, is for GPUs
-    config.update(options)
-    task = registry.load(name, config=config)
-    return PlaygroundEnv(task, num_envs, config.episode_length, device, seed, dict(config, id=name, seed=seed))
+        config.impl = "jax"  # the default, Warp, is for GPUs
+    try:
+        set_fields(config, cfg or {}, KEPT)
+    except TypeError as error:  # its configurations keep their types, so that 5.5 is no number of steps
+        raise ValueError(f"--env-cfg: {error}") from None
+    built = registry.load(task, config=config)
+    return PlaygroundEnv(built, num_envs, config.episode_length, device, seed, dict(config, id=name, seed=seed))
 
 
 def defaults(name: str) -> dict:
     """Playground's own rsl_rl settings for legged tasks; for the others, settings that learn the dm_control suite."""
-    if name in registry.locomotion.ALL_ENVS:
-        return from_rsl_rl(locomotion_params.rsl_rl_config(name).to_dict()) | {"experiment_name": name}
+    task = _known(name)
+    if task in locomotion.ALL_ENVS:
+        return from_rsl_rl(locomotion_params.rsl_rl_config(task).to_dict()) | {"experiment_name": task}
     small = dict(actor_hidden_dims=(64, 64), critic_hidden_dims=(64, 64), entropy_coef=0.0)
     return dict(num_envs=256, num_steps_per_env=32, gamma=0.995, max_iterations=500, **small)
+
+
+def _known(name: str) -> str:
+    task = task_of(name)
+    tasks = [*dm_control_suite.ALL_ENVS, *locomotion.ALL_ENVS, *manipulation.ALL_ENVS]  # registry.ALL_ENVS lacks one's own
+    if task not in tasks:
+        raise ValueError(f"playground:{name}: there is no such task; there are {', '.join(tasks)}")
+    return task
 
 
 def _to_jax(tensor: torch.Tensor):

@@ -11,7 +11,7 @@ ALGORITHM = (
     *("optimizer", "share_cnn_encoders", "gradient_length", "loss_type"),
 )
 RNN = ("rnn_type", "rnn_hidden_dim", "rnn_num_layers")
-CNN = ("output_channels", "kernel_size", "stride", "dilation", "padding", "norm", "max_pool", "global_pool")
+CNN = ("output_channels", "kernel_size", "stride", "dilation", "padding", "norm", "max_pool", "global_pool", "temperature")
 SYMMETRY = ("use_data_augmentation", "use_mirror_loss", "mirror_loss_coeff")
 DISTRIBUTION = ("init_std", "std_type", "learn_std", "action_range", "class_name")
 # What the scripts decide by themselves, by their name or their flags.
@@ -44,7 +44,7 @@ def from_rsl_rl(cfg: dict) -> dict:
 
     wanted = {name: cfg.get(name) for name in RUNNER} | {name: algorithm.get(name) for name in ALGORITHM}
     wanted |= {
-        "activation": {"lrelu": "leakyrelu", "swish": "silu"}.get(actor.get("activation"), actor.get("activation")),  # torch's
+        "activation": _activation(actor),
         "init_std": told(distribution.get("init_std"), actor.get("init_noise_std")),
         "std_type": told(distribution.get("std_type"), actor.get("noise_std_type")),
         "learn_std": distribution.get("learn_std"),
@@ -69,13 +69,23 @@ def from_rsl_rl(cfg: dict) -> dict:
     wanted |= {name: (algorithm.get("symmetry_cfg") or {}).get(name) for name in SYMMETRY}
     if told(actor.get("rnn_type")):
         wanted |= {name: actor.get(name) for name in RNN}
+    if not students:  # what the critic has otherwise
+        normalization = told(actor.get("critic_obs_normalization"), critic.get("obs_normalization"))
+        others = {"activation": _activation(critic), "obs_normalization": normalization}
+        if wanted.get("rnn_type") and critic and not told(critic.get("rnn_type")):
+            others["rnn_type"] = "none"
+        for name, other in others.items():
+            if told(wanted[name]) is not None and told(other) not in (None, wanted[name]):
+                wanted[name] = {"actor": wanted[name], "critic": other}
     cnn = actor.get("cnn_cfg") or {}
     if all(isinstance(group, dict) for group in cnn.values()):  # one for each image group: what they have in common
         first, *others = cnn.values() if cnn else [{}]
         cnn = {name: value for name, value in first.items() if all(group.get(name) == value for group in others)}
     cnn = {"stride": 1} | cnn if cnn else cnn  # rsl_rl's, where it is not said
+    if "SpatialSoftmax" in actor.get("class_name", ""):  # mjlab's: it takes the place of a pooling
+        cnn = cnn | {"global_pool": "spatial_softmax", "temperature": cnn.get("spatial_softmax_temperature")}
     wanted |= {f"cnn_{name}": value for name, value in cnn.items() if name in CNN}
-    settings = {name: _plain(value) for name, value in wanted.items() if told(value) is not None}
+    settings = {name: _plain(value) for name, value in wanted.items() if told(value) is not None or _by_network(value)}
     left = _left(cfg, actor, critic, old, settings)
     if left:
         say(f"the task's configuration also says, and no setting here does: {', '.join(left)}")
@@ -110,16 +120,21 @@ def _left(cfg, actor, critic, old, settings) -> list[str]:
         look(f"{name}.cnn_cfg.{path}{path and '.'}", group, (*CNN, *same, "flatten"))
     other, its = ("critic", critic) if "teacher" not in cfg else ("teacher", {})  # a teacher's network is its checkpoint's
     look(f"{other}.", its, known)
-    for setting in ("activation", "obs_normalization", "rnn_type"):  # one for both networks here
-        if its and its.get(setting) != actor.get(setting):
-            left.append(f"{other}.{setting} {its.get(setting)}")
+    if its and its.get("rnn_type") != actor.get("rnn_type") and not _by_network(settings.get("rnn_type")):
+        left.append(f"{other}.rnn_type {its.get('rnn_type')}")
     for setting in ("rnn_hidden_dim", "rnn_num_layers", "cnn_cfg"):
         if its.get(setting) and its.get(setting) != actor.get(setting):
             left.append(f"{other}.{setting} {its.get(setting)}")
-    pair = [actor.get(f"{part}_obs_normalization") for part in ("actor", "critic")]
-    if all(isinstance(x, bool) for x in pair) and pair[0] != pair[1]:
-        left.append(f"policy.critic_obs_normalization {pair[1]}")
     return left
+
+
+def _activation(model: dict):
+    """In torch's name."""
+    return {"lrelu": "leakyrelu", "swish": "silu"}.get(model.get("activation"), model.get("activation"))
+
+
+def _by_network(value) -> bool:
+    return isinstance(value, dict) and value.keys() == {"actor", "critic"}
 
 
 def _plain(value):

@@ -281,3 +281,26 @@ def test_nothing_waits_and_a_captured_run_equals_the_eager_one(whole):
     args = arguments(**BOTH, share_cnn_encoders=True, cnn_norm="batch", cnn_max_pool=True, cnn_padding="zeros")
     args = dataclasses.replace(args, max_iterations=5, timeout_bootstrap="final_obs")
     instruments.check_replay(ppo_cnn, args, lambda: make_env(args), whole)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.05])
+def test_spatial_softmax_finds_the_pixel(temperature):
+    """A single bright pixel is where the row and the column say, the better the lower the temperature; exported alike."""
+    pool = ppo_cnn.SpatialSoftmax(5, 9, temperature)
+    image = torch.zeros(3, 2, 5, 9)
+    image[:, 0, 1, 6] = image[:, 1, 4, 0] = 2.0
+    places = pool(image)
+    assert places.shape == (3, 4)
+    error = (places[0] - torch.tensor([-0.5, 0.5, 1.0, -1.0])).abs().max()
+    assert error < 1e-6 if temperature == 0.05 else 0.1 < error < 1.0
+
+
+def test_a_network_with_spatial_softmax_learns_and_is_loaded(tmp_path, without_export):
+    args = arguments(cnn_global_pool="spatial_softmax", cnn_temperature=0.5, max_iterations=2, log_root=str(tmp_path))
+    history, agent = train(args)
+    obs = make(16).get_observations()
+    policy = ppo_cnn.load_policy(history.run_dir / "model_1.pt")
+    assert torch.equal(policy.act(obs), ppo_cnn.Policy(agent["actor"].eval()).act(obs))
+    assert agent["actor"].cnns["image"].size == 2 * 5  # two numbers for each of five channels
+    with pytest.raises(ppo_cnn.UserError, match="--cnn-temperature -1.0: must be greater than 0"):
+        train(arguments(cnn_temperature=-1.0))

@@ -207,6 +207,9 @@ def test_a_curriculum_goes_on(no_export):
         env = Curriculum(16)
         module.train(args_of(env="toy:make", max_iterations=3, resume=True, checkpoint=source), env)
         assert env.steps_done == 16 + 8
+    env = Curriculum(24)  # with more environments
+    module.train(args_of(env="toy:make", max_iterations=3, resume=True, checkpoint=str(path)), env)
+    assert env.steps_done == 16 + 8
 
 
 # ---- Options and defaults ----

@@ -344,7 +344,7 @@ def test_recommendations_for_distillation_are_its_own(task):
 STUDENTS = {
     "mlp": dict(),
     "lstm": dict(rnn_type="lstm"),
-    "cnn": dict(student_obs=("policy", "depth"), cnn_norm="batch", cnn_output_channels=(3,)),
+    "cnn": dict(student_obs=("policy", "depth"), cnn_norm="batch", cnn_output_channels=(3,), cnn_stride=1),
     "cnn and gru": dict(student_obs=("image", "policy", "depth"), rnn_type="gru", cnn_stride=2),
 }
 

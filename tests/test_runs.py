@@ -312,7 +312,7 @@ MUTATED = {  # where in the checkpoint, what stands there instead, and what is s
     "moments in words": (("optimizer_state_dict", "state", 2, "exp_avg_sq"), "zeros", "optimizer differs"),
     "a random state that is none": (("resume", "rng"), torch.zeros(3), "its run cannot be continued"),
     "an environment of another shape": (
-        ("resume", "env", "tensors"),
+        ("infos", "env_state", "tensors"),
         {"state": torch.zeros(2, 2)},
         "its run cannot be continued",
     ),

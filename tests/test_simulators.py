@@ -1,4 +1,4 @@
-"""Each simulator's adapter keeps the protocol's promises, with the real simulator; Isaac Lab's with a stub of its wrapper.
+"""Each simulator's adapter keeps the protocol's promises, with the real simulator. Isaac Lab's: test_isaaclab.py.
 
 Every simulator has an environment of its own (`pip install -e ".[mjlab]" pytest`); tests of those that are missing are skipped.
 """
@@ -16,10 +16,9 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict
 
 import envs
-from envs.check import check, examine
+from envs.check import check
 
 
 def needs(extra: str, *packages: str):
@@ -57,7 +56,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("prefix", envs.SIMULATORS)
 def test_missing_simulator(prefix, monkeypatch):
-    packages = {"gym": "gymnasium", "playground": "mujoco_playground", "isaaclab": "isaaclab.app"}
+    packages = {"gym": "gymnasium", "playground": "mujoco_playground", "isaaclab": "isaaclab.app", "maniskill": "mani_skill"}
     module = f"envs.{envs.SIMULATORS[prefix]}"
     for name in [name for name in sys.modules if name == module or name == "envs.gymnasium"]:
         monkeypatch.delitem(sys.modules, name)
@@ -117,7 +116,7 @@ def test_gymnasium_steps_like_a_plain_environment(limit):
     import gymnasium
 
     num_envs, seed = 3, 5
-    env = envs.make("gym:Hopper-v5", num_envs=num_envs, seed=seed, max_episode_steps=limit)
+    env = envs.make("gym:Hopper-v5", num_envs=num_envs, seed=seed, cfg={"max_episode_steps": limit})
     plain = [gymnasium.make("Hopper-v5", max_episode_steps=limit) for _ in range(num_envs)]
     seeds = np.random.SeedSequence(seed).generate_state(num_envs).tolist()
     first = [single.reset(seed=seeds[i])[0] for i, single in enumerate(plain)]
@@ -178,7 +177,7 @@ def test_gymnasium_spaces():
     assert shapes == {"state": ((2, 6), torch.float32), "camera": ((2, 3, 8, 9), torch.uint8)}
     env.step(torch.tensor([[5.0, -6.0, 7.0, 8.0]] * 2))
     assert env.vec.envs[0].unwrapped.action.tolist() == [[5.0, -6.0], [7.0, 8.0]]
-    half = envs.make("gym:Custom-v0", num_envs=2, action_space=Box(np.array([0.0, -np.inf]), np.array([np.inf, 1.0])))
+    half = envs.make("gym:Custom-v0", num_envs=2, cfg={"action_space": Box(np.array([0.0, -np.inf]), np.array([np.inf, 1.0]))})
     half.step(torch.tensor([[-0.5, -3.0], [2.0, 4.0]]))
     assert [single.unwrapped.action.tolist() for single in half.vec.envs] == [[0.0, -3.0], [2.0, 1.0]]
     for spaces, named in (
@@ -189,7 +188,7 @@ def test_gymnasium_spaces():
         ({"observation_space": Dict(a=Discrete(5))}, "a is a Discrete"),
     ):
         with pytest.raises(ValueError, match=named):
-            envs.make("gym:Custom-v0", num_envs=2, **spaces)
+            envs.make("gym:Custom-v0", num_envs=2, cfg=spaces)
 
 
 @needs_gymnasium
@@ -213,7 +212,7 @@ def test_envpool_steps_like_a_plain_environment(limit):
     import envpool
 
     num_envs, seed = 3, 5
-    env = envs.make("envpool:Hopper-v4", num_envs=num_envs, seed=seed, max_episode_steps=limit)
+    env = envs.make("envpool:Hopper-v4", num_envs=num_envs, seed=seed, cfg={"max_episode_steps": limit})
     settings = dict(env_type="gymnasium", num_envs=1, max_episode_steps=limit)
     start = int(np.random.SeedSequence(seed).generate_state(1)[0] // 2)
     plain = [envpool.make("Hopper-v4", seed=start + i, **settings) for i in range(num_envs)]
@@ -289,8 +288,123 @@ def test_mjlab_play_configuration():
 
 
 @needs_mjlab
+def test_mjlab_options(capfd):
+    """Dotted names reach the simulation; what a flag decides, an unknown name and another type are refused."""
+    task = "mjlab:Mjlab-Velocity-Flat-Unitree-Go1"
+    for option, value, said in (
+        ("rewards.action_rate.weight", -0.02, "there is no action_rate; there are action_rate_l2"),
+        ("commands.twist.ranges.lin_vel_x", "fast", r"'fast' is str; there is \(-1.0, 1.0\) of tuple"),
+        ("scene.num_envs", 3, "say --num-envs"),
+        ("seed", 3, "say --seed"),
+    ):
+        with pytest.raises(ValueError, match=f"--env-cfg {option}.*{said}") as caught:
+            envs.make(task, num_envs=2, cfg={option: value})
+        assert "\n" not in str(caught.value)
+    ranges = {"commands.twist.ranges.lin_vel_x": [-1, 2]}
+    env = envs.make(task, num_envs=2, cfg=ranges | {"curriculum.command_vel": None, "rewards.action_rate_l2.weight": -1})
+    assert env.unwrapped.command_manager.get_term_cfg("twist").ranges.lin_vel_x == (-1.0, 2.0)
+    assert env.unwrapped.reward_manager.get_term_cfg("action_rate_l2").weight == -1.0
+    assert "curriculum makes it" not in capfd.readouterr().out
+    envs.make(task, num_envs=2, cfg=ranges)
+    assert "lin_vel_x=(-1.0, 2.0): the task's curriculum makes it (-1.0, 1.0); to keep yours add" in capfd.readouterr().out
+    played = envs.make(task, num_envs=1, play=True, cfg={"curriculum.command_vel": None, "episode_length_s": 3} | ranges)
+    assert played.cfg.commands["twist"].ranges.lin_vel_x == (-1.0, 2.0) and played.max_episode_length == 150
+
+
+@needs_mjlab
+def test_mjlab_options_are_of_one_group():
+    """In mjlab's configurations actor and critic share their terms; its managers, and our options, do not."""
+    options = {"observations.actor.terms.cart_pos.scale": 0.5, "rewards.smooth_reward.weight": "1e-3"}  # as YAML gives it
+    env = envs.make("mjlab:Mjlab-Cartpole-Balance", num_envs=2, cfg=options)
+    actor, critic = (env.cfg.observations[group].terms["cart_pos"] for group in ("actor", "critic"))
+    assert actor.scale == 0.5 and critic.scale is None
+    assert env.unwrapped.reward_manager.get_term_cfg("smooth_reward").weight == 0.001
+    obs = env.get_observations()
+    assert torch.equal(obs["actor"][:, 0], 0.5 * obs["critic"][:, 0])
+
+
+@needs_mjlab
+def test_mjlab_tasks_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_tasks.py").write_text(
+        "from mjlab.tasks.registry import load_env_cfg, load_rl_cfg, register_mjlab_task\n"
+        "cartpole = 'Mjlab-Cartpole-Balance'\n"
+        "settings = load_rl_cfg(cartpole)\n"
+        "settings.num_steps_per_env = 7\n"
+        "register_mjlab_task('Mine', load_env_cfg(cartpole), load_env_cfg(cartpole, play=True), settings)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert envs.defaults("mjlab:my_tasks:Mine")["num_steps_per_env"] == 7
+    assert envs.make("mjlab:my_tasks:Mine", num_envs=2).num_actions == 1
+    for name, said in (
+        ("my_tasks:Other", "there is no such task; there are Mine, Mjlab"),
+        ("nowhere:Mine", "no module nowhere"),
+    ):
+        for ask in (envs.defaults, lambda name: envs.make(name, num_envs=2)):
+            with pytest.raises(ValueError, match=f"{name}: .*{said}"):
+                ask(f"mjlab:{name}")
+
+
+@needs_mjlab
+def test_mjlab_curricula_go_on(tmp_path):
+    """The step counter, as mjlab's runner saves it, is our environment's state, and the curriculum follows it."""
+    import dataclasses
+
+    from mjlab.rl import MjlabOnPolicyRunner
+    from mjlab.tasks.registry import load_rl_cfg
+
+    task = "Mjlab-Velocity-Flat-Unitree-Go1"
+    env = envs.make(f"mjlab:{task}", num_envs=2)
+    env.step(torch.zeros(2, 12))
+    runner = MjlabOnPolicyRunner(env, dataclasses.asdict(load_rl_cfg(task)) | {"upload_model": False}, device="cpu")
+    runner.save(str(tmp_path / "model.pt"))
+    infos = torch.load(tmp_path / "model.pt", weights_only=True)["infos"]
+    assert infos == {"env_state": env.state_dict()} == {"env_state": {"common_step_counter": 1}}
+    ranges = env.unwrapped.command_manager.get_term_cfg("twist").ranges
+    assert ranges.lin_vel_x == (-1.0, 1.0)
+    assert env.load_state_dict({"common_step_counter": 120_000}) is False and env.state_dict()["common_step_counter"] == 120_000
+    env.reset()
+    assert ranges.lin_vel_x == (-1.5, 2.0)
+
+
+@needs_mjlab
+@pytest.mark.parametrize("task", ["Mjlab-Velocity-Flat-Unitree-Go1", "Mjlab-Tracking-Flat-Unitree-G1"])
+def test_mjlab_metadata_of_exported_policies(task, tmp_path):
+    """What the task's own runner writes into its ONNX file; motion tracking needs a motion, here one of standing still."""
+    import dataclasses
+
+    import onnx
+    from mjlab.tasks.registry import load_rl_cfg, load_runner_cls
+
+    options = {}
+    if "Tracking" in task:
+        with pytest.raises(ValueError, match="commands.motion.motion_file=<file>.npz"):
+            envs.make(f"mjlab:{task}", num_envs=2)
+        options["commands.motion.motion_file"] = str(tmp_path / "motion.npz")
+        motion = {"joint_pos": (29,), "joint_vel": (29,), "body_pos_w": (30, 3), "body_lin_vel_w": (30, 3)}
+        motion |= {"body_quat_w": (30, 4), "body_ang_vel_w": (30, 3)}
+        motion = {name: np.zeros((50, *shape)) for name, shape in motion.items()}
+        motion["body_quat_w"][..., 0] = 1.0
+        np.savez(tmp_path / "motion.npz", **motion)
+    env = envs.make(f"mjlab:{task}", num_envs=2, cfg=options)
+    cfg = dataclasses.asdict(load_rl_cfg(task)) | {"upload_model": False, "logger": "tensorboard"}
+    load_runner_cls(task)(env, cfg, log_dir=None, device="cpu").save(str(tmp_path / "model.pt"))
+    [file] = tmp_path.glob("*.onnx")
+    data = env.export_metadata()
+    assert data == {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    assert data["joint_names"].startswith(("FR_hip_joint,FR_thigh_joint,", "left_hip_pitch_joint,left_hip_roll_joint,"))
+    assert data["default_joint_pos"].startswith(("0.100,0.900,-1.800,", "-0.312,0.000,"))
+    assert data["command_names"] in ("twist", "motion") and (data["command_names"] == "motion") == ("body_names" in data)
+    assert {"observation_names", "joint_stiffness", "joint_damping", "action_scale"} < data.keys()
+
+
+@needs_mjlab
+def test_mjlab_metadata_is_empty_where_mjlab_has_none():
+    assert envs.make("mjlab:Mjlab-Cartpole-Balance", num_envs=1).export_metadata() == {}
+
+
+@needs_mjlab
 def test_mjlab_trains():
-    env = envs.make("mjlab:Mjlab-Cartpole-Balance", num_envs=256, episode_length_s=4.0)
+    env = envs.make("mjlab:Mjlab-Cartpole-Balance", num_envs=256, cfg={"episode_length_s": 4})
     assert best(train("mjlab:Mjlab-Cartpole-Balance", env, max_iterations=50)) >= 3.8  # of 4
 
 
@@ -362,7 +476,8 @@ def test_mjlab_viewer_in_the_browser(display, monkeypatch):
     monkeypatch.setattr(ViserPlayViewer, "run", lambda viewer: viewers.append(viewer) or run(viewer, num_steps=3))
     monkeypatch.setenv("DISPLAY", display)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    env, policy = envs.make("mjlab:Mjlab-Cartpole-Balance", num_envs=2, play=True, episode_length_s=0.1), Policy()
+    cfg, policy = {"episode_length_s": 0.1}, Policy()
+    env = envs.make("mjlab:Mjlab-Cartpole-Balance", num_envs=2, play=True, cfg=cfg)
     env.view(policy)
     assert len(policy.pages) == 3 and all(b"<title>Viser</title>" in page for page in policy.pages)
     assert policy.begun == [[True, True], [False, False], [True, True]] and viewers[-1].cfg.elevation > 0
@@ -377,6 +492,33 @@ def test_mjlab_depth_camera_trains_through_ppo_cnn():
     settings |= dict(env=task, device="cpu", logger="none", log_root="", num_envs=2, num_steps_per_env=4, num_mini_batches=2)
     history = ppo_cnn.train(ppo_cnn.Args(**settings | {"max_iterations": 2}))
     assert len(history) == 2 and all(math.isfinite(metrics["Loss/surrogate"]) for metrics in history)
+
+
+@needs_mjlab
+def test_mjlab_spatial_softmax_crosses(tmp_path):
+    """mjlab's runner acts like ours on our checkpoint, strictly loaded, and ours on mjlab's."""
+    import dataclasses
+
+    from mjlab.rl import MjlabOnPolicyRunner
+    from mjlab.tasks.registry import load_rl_cfg
+
+    import ppo_cnn
+
+    task = "mjlab:Mjlab-Lift-Cube-Yam-Depth"
+    settings = {k: v for k, v in envs.defaults(task).items() if k in ppo_cnn.Args.__dataclass_fields__}
+    assert settings["cnn_global_pool"] == "spatial_softmax" and settings["cnn_temperature"] == 1.0
+    settings |= dict(env=task, device="cpu", logger="none", num_envs=2, num_steps_per_env=4, num_mini_batches=2)
+    args, env = ppo_cnn.Args(**settings | {"max_iterations": 1}), envs.make(task, num_envs=2)
+    ours = ppo_cnn.train(args, env).run_dir / "model_0.pt"
+    cfg = dataclasses.asdict(load_rl_cfg(task.removeprefix("mjlab:"))) | {"upload_model": False}
+    runner, obs = MjlabOnPolicyRunner(env, cfg, device="cpu"), env.get_observations()
+    runner.load(str(ours), load_cfg={"actor": True, "critic": True}, strict=True, map_location="cpu")
+    assert torch.equal(runner.get_inference_policy()(obs), ppo_cnn.load_policy(ours).act(obs))
+    for parameter in runner.alg.actor.cnns.parameters():
+        parameter.data.normal_()
+    runner.save(str(tmp_path / "theirs.pt"))
+    policy = ppo_cnn.load_policy(tmp_path / "theirs.pt", args, env)
+    assert torch.equal(runner.get_inference_policy()(obs), policy.act(obs))
 
 
 # ---- MuJoCo Playground ----
@@ -408,7 +550,7 @@ def test_playground_keeps_the_promises_that_its_wrapper_does_not():
 @needs_playground
 def test_playground_episodes_begin_anew():
     """Initial states are drawn anew once per episode length, and the random stream of a task is not set back."""
-    env = envs.make("playground:CartpoleBalance", num_envs=4, episode_length=5)
+    env = envs.make("playground:CartpoleBalance", num_envs=4, cfg={"episode_length": 5})
     starts = [env.get_observations()["state"]]
     for _ in range(3):
         dones = [env.step(torch.zeros(4, 1))[2].all().item() for _ in range(5)]
@@ -419,8 +561,42 @@ def test_playground_episodes_begin_anew():
 
 
 @needs_playground
+def test_playground_options():
+    env = envs.make("playground:CartpoleBalance", num_envs=2, cfg={"episode_length": 5, "sim_dt": 0.005})
+    assert env.max_episode_length == 5 and env.task.sim_dt == 0.005 and env.cfg["episode_length"] == 5
+    for option, value, said in (
+        ("episode_lenght", 5, "there is no episode_lenght; there are episode_length"),
+        ("ctrl_dt", "fast", "'fast' is str; there is 0.01 of float"),
+        ("episode_length", 5.5, "5.5 is of original type .*float"),
+        ("num_envs", 3, "say --num-envs"),
+        ("seed", 3, "say --seed"),
+    ):
+        with pytest.raises(ValueError, match=f"--env-cfg.*{option}.*{said}") as caught:
+            envs.make("playground:CartpoleBalance", num_envs=2, cfg={option: value})
+        assert "\n" not in str(caught.value)
+
+
+@needs_playground
+def test_playground_tasks_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_playground.py").write_text(
+        "import functools\n"
+        "from mujoco_playground import dm_control_suite, locomotion\n"
+        "from mujoco_playground._src.dm_control_suite.cartpole import Balance, default_config\n"
+        "for suite, name in ((dm_control_suite, 'Mine'), (locomotion, 'Legged')):\n"
+        "    suite.register_environment(name, functools.partial(Balance, swing_up=True, sparse=False), default_config)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert envs.defaults("playground:my_playground:Legged")["experiment_name"] == "Legged"
+    assert envs.defaults("playground:my_playground:Mine") == envs.defaults("playground:CartpoleBalance")
+    env = envs.make("playground:my_playground:Mine", num_envs=2)
+    assert env.num_actions == 1 and "swing_up" in env.task._reset_randomize.__name__ and check(env) == []
+    with pytest.raises(ValueError, match="playground:my_playground:Other: there is no such task; there are .*Mine"):
+        envs.make("playground:my_playground:Other", num_envs=2)
+
+
+@needs_playground
 def test_playground_trains():
-    env = envs.make("playground:CartpoleBalance", num_envs=256, episode_length=250)
+    env = envs.make("playground:CartpoleBalance", num_envs=256, cfg={"episode_length": 250})
     assert best(train("playground:CartpoleBalance", env, max_iterations=200)) > 200.0  # of 250; at first 90
 
 
@@ -428,10 +604,31 @@ def test_playground_trains():
 
 
 @needs_genesis
+def test_genesis_tasks_of_ones_own_and_options(tmp_path, monkeypatch):
+    (tmp_path / "my_genesis.py").write_text(
+        "from envs.genesis import TASKS, Go2\n"
+        "class Mine(Go2):\n"
+        "    def __init__(self, num_envs, device, seed, play, terminations, kp=30.0):\n"
+        "        self.built = num_envs, device, seed, play, terminations, kp\n"
+        "TASKS['mine'] = Mine, {'gamma': 0.98}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert envs.defaults("genesis:my_genesis:mine") == {"gamma": 0.98}
+    made = envs.make("genesis:my_genesis:mine", num_envs=2, seed=3, cfg={"kp": 5.0}, terminations=False)
+    assert made.built == (2, "cpu", 3, False, False, 5.0)
+    for task, option, said in (("go2", "comand", "there are command"), ("my_genesis:mine", "num_envs", "there are kp")):
+        with pytest.raises(ValueError, match=f"--env-cfg {option}: there is no such option; {said}"):
+            envs.make(f"genesis:{task}", num_envs=2, cfg={option: 1})
+    with pytest.raises(ValueError, match="genesis:my_genesis:other: there is no such task; there are go2, mine"):
+        envs.make("genesis:my_genesis:other", num_envs=2)
+
+
+@needs_genesis
 def test_genesis_conforms_and_trains():
     """One test: Genesis compiles for a minute, and may be initialised once in a process."""
-    env = envs.make("genesis:go2", num_envs=256)
-    assert check(env) == []
+    env = envs.make("genesis:go2", num_envs=256, cfg={"command": [0.5, 0, 0], "kp": 20, "episode_length_s": 20})
+    assert check(env) == [] and env.max_episode_length == 1000 and env.command[0].tolist() == [0.5, 0.0, 0.0]
+    assert env.robot.get_dofs_kp(env.motors).flatten()[0] == 20.0
     env.reset_all()
     fallen, start = False, env.start
     for _ in range(100):
@@ -443,231 +640,3 @@ def test_genesis_conforms_and_trains():
             assert (env.episode_length_buf[dones] == 0).all()
     assert fallen
     assert best(train("genesis:go2", env, max_iterations=40)) > 0.2  # at first -0.16
-
-
-# ---- Isaac Lab: a stub with the attributes and return types of its wrapper, simulator left out ----
-
-
-class StubTask:
-    """Stands for a ManagerBasedRLEnv: noisy observations, persistent reward buffer and extras, `compute_final_obs`."""
-
-    step_dt, max_episode_length = 0.02, 10
-
-    def __init__(self, cfg, render_mode=None):
-        self.cfg, self.num_envs, self.device, self.render_mode = cfg, cfg.scene.num_envs, cfg.sim.device, render_mode
-        self.unwrapped, self.extras = self, {}
-        self.action_manager = types.SimpleNamespace(total_action_dim=2)
-        self.observation_manager = types.SimpleNamespace(compute=self.compute)
-        self.reward_buf, self.state = torch.zeros(self.num_envs), torch.zeros(self.num_envs, 3)
-        self.episode_length_buf = torch.zeros(self.num_envs, dtype=torch.long)
-
-    def compute(self):
-        return {"policy": self.state + 0.01 * torch.rand(self.num_envs, 3), "critic": self.state.clone()}
-
-    def reset(self):
-        self.state = torch.rand(self.num_envs, 3)
-        return self.compute(), self.extras
-
-    def step(self, actions):
-        self.episode_length_buf += 1
-        self.state = self.state + 1.0
-        self.reward_buf += 1.0
-        terminated, truncated = torch.zeros(self.num_envs, dtype=torch.bool), self.episode_length_buf >= self.max_episode_length
-        if truncated.any():
-            if self.cfg.compute_final_obs:
-                self.extras["final_obs"] = self.compute()
-            self.state[truncated] = torch.rand(self.num_envs, 3)[truncated]
-            self.episode_length_buf[truncated] = 0
-        self.extras["log"] = {"Episode_Reward/track": torch.tensor(0.5)}
-        return self.compute(), self.reward_buf, terminated, truncated, self.extras
-
-    def render(self):
-        return "picture"
-
-    def close(self):
-        self.closed = True
-
-
-class StubWrapper:
-    """The attributes and return types of `isaaclab_rl.rsl_rl.RslRlVecEnvWrapper`."""
-
-    def __init__(self, env, clip_actions=None):
-        self.env, self.clip_actions = env, clip_actions
-        self.num_envs, self.device = self.unwrapped.num_envs, self.unwrapped.device
-        self.max_episode_length = self.unwrapped.max_episode_length
-        self.num_actions = self.unwrapped.action_manager.total_action_dim
-        self.env.reset()
-
-    unwrapped = property(lambda self: self.env.unwrapped)
-    cfg = property(lambda self: self.unwrapped.cfg)
-
-    @property
-    def episode_length_buf(self):
-        return self.unwrapped.episode_length_buf
-
-    @episode_length_buf.setter
-    def episode_length_buf(self, value):
-        self.unwrapped.episode_length_buf = value
-
-    def get_observations(self):
-        return TensorDict(self.unwrapped.observation_manager.compute(), batch_size=[self.num_envs])
-
-    def step(self, actions):
-        obs, rewards, terminated, truncated, extras = self.env.step(actions)
-        if not self.unwrapped.cfg.is_finite_horizon:
-            extras["time_outs"] = truncated
-        return TensorDict(obs, batch_size=[self.num_envs]), rewards, (terminated | truncated).to(torch.long), extras
-
-    def close(self):
-        return self.env.close()
-
-
-class Cfg(types.SimpleNamespace):
-    def to_dict(self):
-        return {k: v.to_dict() if isinstance(v, Cfg) else v for k, v in vars(self).items()}
-
-
-AGENT = Cfg(
-    num_steps_per_env=24,
-    max_iterations=300,
-    save_interval=50,
-    experiment_name="anymal_d_flat",
-    clip_actions=None,
-    obs_groups={"policy": ["policy"], "critic": ["policy", "critic"]},
-    empirical_normalization=False,
-    policy=Cfg(
-        init_noise_std=0.8, noise_std_type="log", state_dependent_std=False, activation="elu",
-        actor_hidden_dims=[128, 64], critic_hidden_dims=[256, 64], actor_obs_normalization=True,
-    ),
-    algorithm=Cfg(class_name="PPO", entropy_coef=0.005, learning_rate=1e-3, rnd_cfg=None),
-)  # fmt: skip
-
-
-@pytest.fixture
-def isaac(monkeypatch):
-    """Modules of Isaac Lab that refuse to be imported before the app has started. Yields what happened, in order."""
-    events = []
-
-    class AppLauncher:
-        def __init__(self, launcher_args=None, **kwargs):
-            events.append(("launch", kwargs))
-            self.app = types.SimpleNamespace(close=lambda: None)
-            module("isaaclab_tasks")
-            module("isaaclab_rl.rsl_rl", RslRlVecEnvWrapper=StubWrapper)
-            module("isaaclab_tasks.utils", parse_env_cfg=parse_env_cfg, load_cfg_from_registry=load_cfg_from_registry)
-            module("gymnasium", registry={"Isaac-Walk-v0", "Isaac-Walk-Play-v0"}, make=make)
-
-    def module(name, **attributes):
-        new = types.ModuleType(name)
-        vars(new).update(attributes)
-        monkeypatch.setitem(sys.modules, name, new)
-
-    def parse_env_cfg(task_name, device="cuda:0", num_envs=None, use_fabric=None):
-        scene, sim = types.SimpleNamespace(num_envs=num_envs), types.SimpleNamespace(device=device)
-        return types.SimpleNamespace(scene=scene, sim=sim, seed=None, is_finite_horizon=False, compute_final_obs=False)
-
-    def load_cfg_from_registry(task_name, entry_point_key):
-        if entry_point_key != "rsl_rl_cfg_entry_point":
-            raise ValueError(f"Could not find configuration for the environment: '{task_name}'.")
-        return AGENT
-
-    def make(name, cfg, render_mode=None):
-        events.append(("make", name, cfg.seed))
-        return StubTask(cfg, render_mode)
-
-    for name in ("isaaclab_tasks", "isaaclab_tasks.utils", "isaaclab_rl", "isaaclab_rl.rsl_rl"):
-        monkeypatch.setitem(sys.modules, name, None)  # import fails until AppLauncher has run
-    module("isaaclab")
-    module("isaaclab.app", AppLauncher=AppLauncher)
-    monkeypatch.delitem(sys.modules, "envs.isaaclab", raising=False)
-    yield events
-    sys.modules.pop("envs.isaaclab", None)
-
-
-def test_isaaclab_conforms(isaac):
-    env = envs.make("isaaclab:Isaac-Walk-v0", num_envs=4, device="cpu", seed=3)
-    (launch, how), made = isaac
-    assert launch == "launch" and how["headless"] and made == ("make", "Isaac-Walk-v0", 3)
-    report = examine(env)
-    assert report.errors == [] and report.notes == [], "noise when read and the reward buffer must not pass through"
-    assert check(StubWrapper(env.unwrapped)) != [], "the stub has the wrapper's faults"
-    assert env.step_dt == 0.02 and env.cfg.compute_final_obs and env.num_actions == 2
-    env.close()
-    assert env.unwrapped.closed
-
-
-def test_isaaclab_final_obs(isaac):
-    env = envs.make("isaaclab:Isaac-Walk-v0", num_envs=2, device="cpu")
-    env.episode_length_buf = torch.tensor([0, 9])
-    obs, _, dones, extras = env.step(torch.zeros(2, 2))
-    assert dones.tolist() == [0, 1] and isinstance(extras["final_obs"], TensorDict)
-    assert extras["final_obs"]["critic"][1].min() >= 1.0 > obs["critic"][1].max()
-
-
-def test_isaaclab_play_variant_and_settings(isaac):
-    assert envs.make("isaaclab:Isaac-Walk-v0", num_envs=1, device="cpu", play=True).render() == "picture"
-    envs.make("isaaclab:Isaac-Run-v0", num_envs=1, device="cpu", play=True)
-    assert [event[1] for event in isaac if event[0] == "make"] == ["Isaac-Walk-Play-v0", "Isaac-Run-v0"]
-    settings = envs.defaults("isaaclab:Isaac-Walk-v0")
-    assert len([event for event in isaac if event[0] == "launch"]) == 1, "Isaac Sim starts once"
-    assert settings["actor_hidden_dims"] == (128, 64) and settings["critic_hidden_dims"] == (256, 64)
-    assert settings["critic_obs"] == ("policy", "critic") and settings["actor_obs"] == ("policy",)
-    assert settings["init_std"] == 0.8 and settings["std_type"] == "log" and settings["obs_normalization"] is True
-    assert settings["entropy_coef"] == 0.005 and "rnd_cfg" not in settings and "clip_actions" not in settings
-
-
-def test_settings_of_both_layouts():
-    from envs.settings import from_rsl_rl
-
-    model = {"hidden_dims": [32], "activation": "elu", "obs_normalization": False}
-    distribution = {"class_name": "HeteroscedasticGaussianDistribution", "init_std": 0.5, "std_type": "log"}
-    memory = {"rnn_type": "gru", "rnn_hidden_dim": 64, "rnn_num_layers": 1}
-    cfg = {"obs_groups": {"actor": ("a", "b")}, "algorithm": {"gamma": 0.9}, "num_steps_per_env": 8}
-    cfg |= {"actor": model | memory | {"distribution_cfg": distribution}, "critic": model | {"hidden_dims": (64, 32)}}
-    assert from_rsl_rl(cfg) == {
-        "num_steps_per_env": 8, "gamma": 0.9, "actor_obs": ("a", "b"), "activation": "elu", "obs_normalization": False,
-        "actor_hidden_dims": (32,), "critic_hidden_dims": (64, 32), "distribution": "heteroscedastic", "init_std": 0.5,
-        "std_type": "log", **memory,
-    }  # fmt: skip
-    cfg["actor"]["distribution_cfg"] = {"class_name": "rsl_rl.modules.BetaDistribution", "action_range": [-2.0, 2.0]}
-    cfg["actor"]["cnn_cfg"] = {g: {"output_channels": [8, 16], "kernel_size": k} for g, k in {"depth": 3, "rgb": 5}.items()}
-    settings = from_rsl_rl(cfg)
-    assert settings["distribution"] == "beta" and settings["action_range"] == (-2.0, 2.0)
-    assert settings["cnn_output_channels"] == (8, 16) and "cnn_kernel_size" not in settings
-
-
-def test_nothing_of_a_configuration_is_dropped_in_silence(capsys):
-    """What has no counterpart is printed once; Isaac Lab's MISSING, which comes as {}, is nothing that was said."""
-    from envs.settings import from_rsl_rl, say
-
-    say.cache_clear()
-    policy = {"class_name": "ActorCritic", "actor_obs_normalization": {}, "critic_obs_normalization": {}, "activation": "elu"}
-    policy |= {"actor_hidden_dims": [32], "critic_hidden_dims": [64], "init_noise_std": 1.0, "state_dependent_std": False}
-    cfg = {"policy": policy, "algorithm": {"class_name": "PPO", "gamma": 0.98}, "empirical_normalization": False, "seed": 42}
-    assert from_rsl_rl(cfg)["obs_normalization"] is False and capsys.readouterr().out == ""
-    cfg["algorithm"] |= {"symmetry_cfg": {"use_mirror_loss": True}, "warm_up": 5}
-    cfg["policy"] |= {"actor_obs_normalization": True, "critic_obs_normalization": False, "rnn_type": {}}
-    for _ in range(2):
-        assert from_rsl_rl(cfg)["obs_normalization"] is True
-    left = "algorithm.warm_up 5, algorithm.symmetry_cfg (run ppo_symmetry.py), policy.critic_obs_normalization False"
-    assert capsys.readouterr().out == f"the task's configuration also says, and no setting here does: {left}\n"
-
-    model = {"class_name": "MLPModel", "hidden_dims": [32], "activation": "elu", "obs_normalization": True}
-    normal = {"class_name": "GaussianDistribution", "init_std": 0.5, "std_range": [0.1, 2.0]}
-    cfg = {"actor": model | {"distribution_cfg": normal}, "critic": model | {"activation": "relu"}, "algorithm": {}}
-    assert from_rsl_rl(cfg | {"init_at_random_ep_len": False})["init_at_random_ep_len"] is False
-    left = "actor.distribution_cfg.std_range [0.1, 2.0], critic.activation relu"
-    assert capsys.readouterr().out.endswith(f"does: {left}\n")
-
-
-def test_settings_for_distillation():
-    from envs.settings import from_rsl_rl
-
-    policy = {"class_name": "StudentTeacher", "student_hidden_dims": [128], "teacher_hidden_dims": [64], "activation": "elu"}
-    policy |= {"student_obs_normalization": False, "teacher_obs_normalization": False, "init_noise_std": 0.1}
-    groups = {"policy": ["policy"], "teacher": ["policy", "privileged"]}
-    cfg = {"policy": policy, "algorithm": {"class_name": "Distillation", "gradient_length": 15, "loss_type": "mse"}}
-    assert from_rsl_rl(cfg | {"obs_groups": groups}) == {
-        "student_hidden_dims": (128,), "activation": "elu", "obs_normalization": False, "init_std": 0.1, "gradient_length": 15,
-        "loss_type": "mse", "student_obs": ("policy",), "teacher_obs": ("policy", "privileged"),
-    }  # fmt: skip

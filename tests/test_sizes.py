@@ -12,15 +12,15 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 1086,
-    "tokens of the base": 12_455,
+    "code lines of the base": 1093,
+    "tokens of the base": 12_497,
     "tokens of the base above the fence": 4684,
-    "code lines of the distillation": 1252,
-    "tokens of the distillation": 14_540,
-    "tokens of the distillation above the fence": 6769,
-    "tokens of a variant beyond the base's": 1162,
-    "tokens of the five variants beyond the base's": 4717,
-    "tokens of all seven, below the fence counted once": 47_400,
+    "code lines of the distillation": 1275,
+    "tokens of the distillation": 14_828,
+    "tokens of the distillation above the fence": 7015,
+    "tokens of a variant beyond the base's": 1176,
+    "tokens of the five variants beyond the base's": 4963,
+    "tokens of all seven, below the fence counted once": 47_900,
     "tokens per code line": 13,
     "characters per line": 110,
 }

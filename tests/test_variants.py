@@ -125,7 +125,7 @@ def test_the_header_of_the_distillation_names_what_it_changes_and_what_it_leaves
 def test_the_check_of_the_header_sees_a_fault():
     text = source("ppo_cnn")
     assert not faults(text)
-    assert faults(text.replace("- CNN: new", "- CNN, save, gone: new")) == {
+    assert faults(text.replace("- CNN, SpatialSoftmax: new", "- CNN, SpatialSoftmax, save, gone: new")) == {
         "save is named and does not differ",
         "gone is named and does not exist",
     }
