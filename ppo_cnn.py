@@ -1568,9 +1568,9 @@ def load_policy(path, args=None, env=None, batch_size=1):
         obs = read_obs(obs, args)
     with blaming(f"--checkpoint {path}: its policy cannot be built"):
         actor = make_actor(obs, num_actions, args)
+        low, high = map(float, resume.get("action_bounds") or bounds_of(env, args))
     restore(actor, checkpoint, "actor", path)
-    bounds = resume.get("action_bounds") or bounds_of(env, args)
-    return Policy(actor.eval(), batch_size, bounds)
+    return Policy(actor.eval(), batch_size, (low, high))
 
 
 def export_checkpoint(path, args):

@@ -125,6 +125,16 @@ def test_any_number_of_robots(name):
             np.testing.assert_allclose(part, of_all.take([robot], dim), atol=1e-5)
 
 
+@pytest.mark.parametrize("bounds", [1, "wide", [0.0], ["a", "b"]], ids=str)
+def test_bounds_that_are_none(bounds, no_export):
+    path = module.train(args_of(), make("cartpole", 16)).run_dir / "model_1.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["resume"]["action_bounds"] = bounds
+    torch.save(checkpoint, path)
+    with pytest.raises(module.UserError, match="its policy cannot be built"):
+        module.load_policy(path)
+
+
 def test_an_action_range_outside_of_the_bounds(no_export):
     settings = dict(env="toy:make", distribution="beta", action_range=(-2.0, 2.0))
     with pytest.raises(
