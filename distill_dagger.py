@@ -60,7 +60,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -363,11 +363,14 @@ class RNN(nn.Module):
 
     def __init__(self, size: int, args: Args):
         super().__init__()
-        self.is_lstm = args.rnn_type == "lstm"
-        self.rnn = (nn.LSTM if self.is_lstm else nn.GRU)(size, args.rnn_hidden_dim, args.rnn_num_layers)
+        self.is_lstm, self.rnn = args.rnn_type == "lstm", None
+        if args.rnn_type != "none":
+            self.rnn = (nn.LSTM if self.is_lstm else nn.GRU)(size, args.rnn_hidden_dim, args.rnn_num_layers)
 
     def forward(self, x: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
         """One step: (N, O) and hidden -> (N, H) and the next hidden."""
+        if not self.rnn:
+            return (x,)
         output, hidden = self.rnn(x[None], hidden if self.is_lstm else hidden[0])
         return output[0], *(hidden if self.is_lstm else (hidden,))
 
@@ -422,7 +425,8 @@ class CNN(nn.Sequential):
             image = f"{group} {tuple(image.shape[1:])}"
             raise UserError(f"{settings}: make no encoder of {image} ({first_line(error)})") from error
         if global_pool == "spatial_softmax":  # mjlab: its names, so that checkpoints fit
-            super().__init__(OrderedDict(cnn=nn.Sequential(*layers[:-1]), spatial_softmax=layers[-1]))
+            super().__init__()
+            self.cnn, self.spatial_softmax = nn.Sequential(*layers[:-1]), layers[-1]
         else:
             super().__init__(*layers, nn.Flatten())
         self.size = size  # F
@@ -803,7 +807,8 @@ def on_all_ranks(train):
                 dist.destroy_process_group()  # closes the connections: no other rank waits for this one
             lost = isinstance(error, dist.DistError) or "gloo" in str(error)  # through another rank's fault
             fault, missing = "rank 0 does not answer, whose host keeps the store", []
-            with limit(15.0), contextlib.suppress(dist.DistError):
+            # 40: two tries to reach a rank 0 that has ended.
+            with limit(15.0 if lost else 40.0), contextlib.suppress(dist.DistError):
                 if rank:  # a new connection: where the link is cut the old one would wait for ever
                     next(dist.rendezvous("env://", timeout=timedelta(seconds=5)))
                 room.set(f"here {rank}", "")
@@ -1323,7 +1328,8 @@ def parts_of(agent):
 
 def state_of(agent):
     parts = parts_of(agent).items()
-    return {f"{name}_state_dict": x if isinstance(x, Tensor) else x.state_dict() for name, x in parts}
+    state = {f"{name}_state_dict": x if isinstance(x, Tensor) else x.state_dict() for name, x in parts}
+    return state | {"env_steps": agent.count["env_steps"]}
 
 
 def describe_nan(iteration, storage, run_dir):
@@ -1347,13 +1353,13 @@ def describe_nan(iteration, storage, run_dir):
 
 def log_iteration(agent, metrics, times, samples, iteration, args, writer):
     """Everything to the writer and, a line for each kind, to the console."""
-    agent.env_steps += samples
+    agent.count["env_steps"] += samples
     collection, learning = (seconds_between(*pair) for pair in zip(times, times[1:]))
     metrics |= {"Perf/collection_time": collection, "Perf/learning_time": learning}
     metrics["Perf/total_fps"] = samples / (collection + learning)
     eta = timedelta(seconds=round((args.max_iterations - iteration - 1) * (collection + learning)))
     lines = {}
-    print(f"\niteration {iteration}/{args.max_iterations}  {agent.env_steps:,} env steps  ETA {eta}")
+    print(f"\niteration {iteration}/{args.max_iterations}  {agent.count['env_steps']:,} env steps  ETA {eta}")
     if metrics["Train/mean_episode_length"] == 1.0:
         say("each episode has lasted one step: does env.step start anew where it says done?")
     for tag, value in metrics.items():
@@ -1570,7 +1576,7 @@ def restore(part, checkpoint, name, path):
 
 def load(agent, env, storage, args):
     """Continue a run (--resume) or start from a policy (--checkpoint); returns the first iteration to do."""
-    agent.env_steps = torch.tensor(0)  # of all runs that this one continues
+    agent.count = Counter()  # of all runs that this one continues
     low, high = bounds_of(env, args)
     if (
         getattr(args, "distribution", "") == "beta"
@@ -1587,7 +1593,6 @@ def load(agent, env, storage, args):
     path = find_checkpoint(args)
     checkpoint = read_checkpoint(path, args.device)
     resume, start = checkpoint["resume"], checkpoint["iter"] + 1
-    checkpoint.setdefault("env_steps_state_dict", start * args.num_envs * args.num_steps_per_env)  # rsl_rl's
     for name, value in resume["args"].items():  # what does not always show in the tensors
         network = re.match("activation|distribution|std_type|action_range|cnn_|rnn_", name)
         if network and value != getattr(args, name, value):
@@ -1602,6 +1607,9 @@ def load(agent, env, storage, args):
     print(f"resuming {path} after its {start} iterations")
     if resume["args"] and (there := differences(path, args)):
         print(f"that run has {there}")
+    steps = checkpoint.get("env_steps", start * args.num_envs * args.num_steps_per_env)  # rsl_rl does not say
+    with blaming(f"--checkpoint {path}: env_steps {steps} is no number"):
+        agent.count["env_steps"] = int(steps)
     for name, part in parts_of(agent).items():
         if resume["args"] or f"{name}_state_dict" in checkpoint:
             restore(part, checkpoint, name, path)

@@ -1173,7 +1173,8 @@ def parts_of(agent):
 
 def state_of(agent):
     parts = parts_of(agent).items()
-    return {f"{name}_state_dict": x if isinstance(x, Tensor) else x.state_dict() for name, x in parts}
+    state = {f"{name}_state_dict": x if isinstance(x, Tensor) else x.state_dict() for name, x in parts}
+    return state | {"env_steps": agent.count["env_steps"]}
 
 
 def describe_nan(iteration, storage, run_dir):
@@ -1197,13 +1198,13 @@ def describe_nan(iteration, storage, run_dir):
 
 def log_iteration(agent, metrics, times, samples, iteration, args, writer):
     """Everything to the writer and, a line for each kind, to the console."""
-    agent.env_steps += samples
+    agent.count["env_steps"] += samples
     collection, learning = (seconds_between(*pair) for pair in zip(times, times[1:]))
     metrics |= {"Perf/collection_time": collection, "Perf/learning_time": learning}
     metrics["Perf/total_fps"] = samples / (collection + learning)
     eta = timedelta(seconds=round((args.max_iterations - iteration - 1) * (collection + learning)))
     lines = {}
-    print(f"\niteration {iteration}/{args.max_iterations}  {agent.env_steps:,} env steps  ETA {eta}")
+    print(f"\niteration {iteration}/{args.max_iterations}  {agent.count['env_steps']:,} env steps  ETA {eta}")
     if metrics["Train/mean_episode_length"] == 1.0:
         say("each episode has lasted one step: does env.step start anew where it says done?")
     for tag, value in metrics.items():
@@ -1420,7 +1421,7 @@ def restore(part, checkpoint, name, path):
 
 def load(agent, env, storage, args):
     """Continue a run (--resume) or start from a policy (--checkpoint); returns the first iteration to do."""
-    agent.env_steps = torch.tensor(0)  # of all runs that this one continues
+    agent.count = Counter()  # of all runs that this one continues
     low, high = bounds_of(env, args)
     if (
         getattr(args, "distribution", "") == "beta"
@@ -1437,7 +1438,6 @@ def load(agent, env, storage, args):
     path = find_checkpoint(args)
     checkpoint = read_checkpoint(path, args.device)
     resume, start = checkpoint["resume"], checkpoint["iter"] + 1
-    checkpoint.setdefault("env_steps_state_dict", start * args.num_envs * args.num_steps_per_env)  # rsl_rl's
     for name, value in resume["args"].items():  # what does not always show in the tensors
         network = re.match("activation|distribution|std_type|action_range|cnn_|rnn_", name)
         if network and value != getattr(args, name, value):
@@ -1452,6 +1452,9 @@ def load(agent, env, storage, args):
     print(f"resuming {path} after its {start} iterations")
     if resume["args"] and (there := differences(path, args)):
         print(f"that run has {there}")
+    steps = checkpoint.get("env_steps", start * args.num_envs * args.num_steps_per_env)  # rsl_rl does not say
+    with blaming(f"--checkpoint {path}: env_steps {steps} is no number"):
+        agent.count["env_steps"] = int(steps)
     for name, part in parts_of(agent).items():
         if resume["args"] or f"{name}_state_dict" in checkpoint:
             restore(part, checkpoint, name, path)
