@@ -457,8 +457,12 @@ def test_ctrl_c_in_main(monkeypatch):
     """In play, in an export: one word and no traceback."""
     monkeypatch.setattr(module, "play", lambda args: os.kill(os.getpid(), signal.SIGINT) or time.sleep(9))
     monkeypatch.setattr(sys, "argv", ["ppo_continuous.py", "--play"])
-    with pytest.raises(SystemExit, match="^stopped$"):
-        module.main()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
+    try:
+        with pytest.raises(SystemExit, match="^stopped$"):
+            module.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_training_in_another_thread(capsys):
