@@ -64,18 +64,6 @@ def test_what_a_robots_runner_finds():
     assert written["joint_names"] == ["hip", "knee"] and written["action_bounds"] == [-0.4, 0.6] and written["step_dt"] == 0.02
 
 
-def test_a_thousand_single_steps():
-    run_dir = module.train(args_of(), make("cartpole", 16)).run_dir
-    session, script = session_of(run_dir), torch.jit.load(run_dir / "exported" / "policy.pt")
-    obs = torch.randn(1000, 5)
-    expected = module.load_policy(run_dir / "model_1.pt", batch_size=1000).act({"policy": obs})
-    by_onnx = np.concatenate([session.run(None, {"obs": row[None].numpy()})[0] for row in obs])
-    by_script = torch.cat([script(row[None]) for row in obs])
-    for actions in (torch.as_tensor(by_onnx), by_script):
-        torch.testing.assert_close(actions, expected, rtol=0, atol=1e-5)
-    assert expected.std() > 1e-3
-
-
 @pytest.mark.parametrize("clip, bounds", [(None, (-0.4, 0.6)), (0.5, (-0.4, 0.5)), (0.1, (-0.1, 0.1))])
 def test_what_was_trained_is_what_runs(clip, bounds, monkeypatch):
     """A policy that was trained with its actions clipped sends no others: loaded, exported, played."""
@@ -103,6 +91,34 @@ SCRIPTS = {
     "lstm": (ppo_rnn, dict(env="cartpole", rnn_type="lstm", rnn_hidden_dim=8)),
     "cnn": (ppo_cnn, dict(env="navigation-pixels", cnn_output_channels=(2, 2), num_steps_per_env=2, num_envs=4)),
 }
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_thousand_single_steps(name):
+    """Of one robot, which remembers: ONNX, TorchScript and load_policy, with episodes that end now and then."""
+    script, settings = SCRIPTS[name]
+    args = script.Args(**TINY | dict(num_mini_batches=2, max_iterations=1) | settings)
+    env = make(args.env, args.num_envs)
+    run_dir = script.train(args, env).run_dir
+    session, traced = session_of(run_dir), torch.jit.load(run_dir / "exported" / "policy.pt")
+    policy, example = script.load_policy(run_dir / "model_0.pt"), env.get_observations()[:1]
+    states = {x.name: np.zeros(x.shape, np.float32) for x in session.get_inputs() if x.name in ("h_in", "c_in")}
+    assert len(states) == (2 if name == "lstm" else 0)
+    seen = []
+    for step in range(1000):
+        obs = example.apply(lambda x: torch.randint_like(x, 255) if x.dtype == torch.uint8 else torch.randn_like(x))
+        inputs = policy.actor.inputs(obs)
+        actions, *after = session.run(None, {key: x.numpy() for key, x in inputs.items()} | states)
+        expected = policy.act(obs)
+        for other in (torch.as_tensor(actions), traced(*inputs.values())):
+            torch.testing.assert_close(other, expected, rtol=0, atol=1e-5)
+        states = dict(zip(states, after))
+        if step % 130 == 129:
+            policy.reset()
+            traced.reset()
+            states = {key: np.zeros_like(x) for key, x in states.items()}
+        seen.append(expected)
+    assert torch.cat(seen).std() > 1e-3
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
