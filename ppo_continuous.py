@@ -1029,7 +1029,7 @@ def take_step(env, actions):
         obs, rewards, dones, extras = result
         rewards, dones, extras = torch.as_tensor(rewards), torch.as_tensor(dones), dict(extras or {})
         if dones.is_floating_point():
-            rewards = rewards + 0.0 * dones  # a NaN is no done: it ends the run, found in the rewards
+            rewards = rewards + 0.0 * dones  # bool(NaN) is True, but NaN is no done: the run ends by it
         if extras.get("time_outs") is None:
             extras["time_outs"] = torch.zeros_like(dones)
         time_outs = torch.as_tensor(extras["time_outs"]).to(actions.device).bool()
@@ -1411,9 +1411,9 @@ def load(agent, env, storage, args):
             torch.set_rng_state(resume["rng"].cpu())
             if storage.is_cuda and resume["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(resume["cuda_rng"].cpu())
-        state = (checkpoint["infos"] or {}).get("env_state")
-        # A curriculum goes on whatever else has changed.
-        fits = same or not resume["args"] or [*(state or ())] == ["common_step_counter"]
+        state = (checkpoint["infos"] or {}).get("env_state") or {}
+        # A curriculum, which mjlab and Isaac Lab follow by a counter, goes on whatever else has changed.
+        fits = same or not resume["args"] or state.keys() == {"common_step_counter"}
         whole = state and fits and hasattr(env, "load_state_dict") and env.load_state_dict(state) is not False
         if same and whole:
             storage[-1].update_(resume["row"])
@@ -1511,16 +1511,14 @@ def export_policy(policy, folder, facts=None, any_batch=False):
     policy = Policy(deepcopy(policy.actor).cpu().eval(), 1, policy.bounds)
     actor, size, shapes, facts = policy.actor, 1, None, facts or {}
     inputs = actor.inputs(actor.example.cpu())
+    same = functools.partial(torch.testing.assert_close, rtol=0.0, atol=1e-4)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         script = torch.jit.trace(policy, tuple(inputs.values()))
         script.reset()  # tracing has run it
         script.save(folder / "policy.pt")
-        exported, expected = (
-            [script(*inputs.values())],
-            [policy.step(*inputs.values(), *actor.initial_memory(1))[0]],
-        )
+        same(script(*inputs.values()), policy.step(*inputs.values(), *actor.initial_memory(1))[0])
         if any_batch:
             size, batch = 2, torch.export.Dim("batch")  # torch takes a size of 1 for a constant
             inputs = actor.inputs(actor.example.cpu().expand(size))
@@ -1538,9 +1536,8 @@ def export_policy(policy, folder, facts=None, any_batch=False):
             shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             onnx.model.metadata_props[name] = shown
         onnx.save(folder / "policy.onnx")
-        exported, expected = [*exported, onnx(*inputs)[0]], [*expected, policy.step(*inputs)[0]]
+        same(onnx(*inputs)[0], policy.step(*inputs)[0])
     (folder / "policy.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in facts.items()))
-    torch.testing.assert_close(exported, expected, rtol=0.0, atol=1e-4)
     print(f"exported {folder / 'policy.pt'} and policy.onnx, which act like the policy")
 
 
@@ -1549,7 +1546,8 @@ def export_policy(policy, folder, facts=None, any_batch=False):
 
 def play(args: Args, env: VecEnv | None = None) -> dict[str, float]:
     """One episode in each environment, of the policy or of --agent; returns means (envs/record.py)."""
-    from envs.record import roll_out
+    with blaming("--play: needs envs/record.py, which is not beside this script"):
+        from envs.record import roll_out
 
     check_args(args)
     args, policy, path = set_up_torch(args), None, experiment_dir(args) / args.agent

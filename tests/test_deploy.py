@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -318,3 +321,15 @@ def test_an_environment_that_never_starts_anew(no_export, capsys):
 def test_facts_of_a_run_stand_beside_it(no_export):
     run_dir = module.train(args_of(), make("cartpole", 16)).run_dir
     assert json.loads((run_dir / "deploy.json").read_text()) == {"step_dt": 0.02}
+
+
+def test_a_copied_script_plays_where_its_helper_is(tmp_path):
+    """`--play` wants envs/record.py; alone the script says so, and trains and exports all the same."""
+    script = tmp_path / "my_ppo.py"
+    script.write_text(pathlib.Path(module.__file__).read_text())
+    (tmp_path / "toy.py").write_text(pathlib.Path(toy.__file__).read_text())
+    flags = ["--env", "toy:make", *SMALL_FLAGS, "--num-envs", "8", "--play"]
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run([sys.executable, script, *flags], cwd=tmp_path, capture_output=True, text=True, env=alone)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert "--play: needs envs/record.py, which is not beside this script" in run.stderr
