@@ -483,6 +483,7 @@ def timeout_value(
 
     A time limit is no part of the task: the robot would have walked on and been paid for it. Without this the
     same state is worth less late in an episode, and the critic cannot know why (arXiv:1712.00378).
+    On the swing-up V then explains 0.73 of the returns' variance, not 0.96 (tests/benchmarks/details.py).
     """
     values = row["values"]  # where there is no final_obs: rsl_rl's choice, V(s_t), one step early
     if args.timeout_bootstrap == "none":
@@ -515,6 +516,7 @@ def compute_gae(storage: TensorDict, args: Args) -> tuple[Tensor, Tensor]:
         return advantages / (average((advantages**2).mean()).sqrt() + 1e-8), returns
     if not args.normalize_advantage_per_mini_batch:
         # So a step's size does not depend on the rewards' scale, nor on an error of V that all states share.
+        # Without it the swing-up's return ends at 43 instead of 288 (tests/benchmarks/details.py).
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     return advantages, returns
 
