@@ -84,6 +84,31 @@ class IsaacLabEnv:
         """(H, W, 3) uint8 picture in Isaac Lab 2, with `play=True` and `ENABLE_CAMERAS=1`; None in 3."""
         return self.env.unwrapped.render()
 
+    def export_metadata(self) -> dict[str, list]:
+        """What a robot's runner has to know, by the names of whole_body_tracking's exporter, which are mjlab's too.
+
+        Joints are in the order of the robot; `action_*` (joint = scale * action + offset) in that of the actions, where all of
+        them move joints. Gains [N m/rad, N m s/rad] are the configured ones, whatever events have made of them. Empty for tasks
+        that are not made of managers, or have no `robot`.
+        """
+        env = self.env.unwrapped
+        if not hasattr(env, "action_manager") or "robot" not in env.scene.keys():
+            return {}
+        robot, terms = env.scene["robot"], [env.action_manager.get_term(name) for name in env.action_manager.active_terms]
+        names = list(robot.joint_names)
+        facts = {"joint_names": names, "default_joint_pos": _values(robot.data.default_joint_pos, len(names))}
+        for gain in ("stiffness", "damping"):
+            gains = {name: x for part in robot.actuators.values() for name, x in _gains(part, gain).items()}
+            facts[f"joint_{gain}"] = [gains.get(name, 0.0) for name in names]
+        facts["command_names"] = list(env.command_manager.active_terms)
+        facts["observation_names"] = list(env.observation_manager.active_terms.get("policy", ()))
+        if all(hasattr(term, "_joint_names") for term in terms):
+            facts["action_joint_names"] = [name for term in terms for name in term._joint_names]
+            for fact in ("scale", "offset"):
+                values = [_values(getattr(term, f"_{fact}"), len(term._joint_names)) for term in terms]
+                facts[f"action_{fact}"] = sum(values, [])
+        return facts
+
     def state_dict(self) -> dict:
         """The step counter that curricula follow."""
         return {"common_step_counter": self.env.unwrapped.common_step_counter}
@@ -171,6 +196,23 @@ def _runner(task: str, key: str):
 
     cfg = utils.load_cfg_from_registry(task, key)
     return utils.resolve_presets(cfg) if launch_simulation else cfg
+
+
+def _values(x, count: int) -> list[float]:
+    """Of the first environment; one number stands for all."""
+    x = getattr(x, "torch", x)  # in 3 what was a tensor is an array of Warp
+    return [float(x)] * count if isinstance(x, (int, float)) else x[0].tolist()
+
+
+def _gains(actuator, gain: str) -> dict[str, float]:
+    """Of an actuator's joints, from its configuration, or where that says nothing from the robot's file."""
+    from isaaclab.utils.string import resolve_matching_names_values
+
+    names, value = list(actuator.joint_names), getattr(actuator.cfg, gain)
+    if isinstance(value, dict):
+        _, found, values = resolve_matching_names_values(value, names)
+        return dict(zip(found, map(float, values)))
+    return dict(zip(names, _values(getattr(actuator, gain) if value is None else value, len(names))))
 
 
 def _headless() -> bool:

@@ -1,6 +1,7 @@
 """A task's options, as the command line gives them: `--env-cfg rewards.action_rate.weight=-0.02 commands.twist.ranges.lin_vel_x=[-1,2]`.
 
-Dotted names are fields of a simulator's configuration (`set_fields`), plain ones keyword arguments (`check_keywords`).
+Dotted names are fields of a simulator's configuration (`set_fields`); what stands in a tuple or list there has its own `name` for
+one, or its number: `scene.sensors.feet_ground_contact.num_slots=2`. Plain names are keyword arguments (`check_keywords`).
 """
 
 from __future__ import annotations
@@ -49,10 +50,8 @@ def set_fields(cfg: Any, options: dict[str, Any], kept: dict[str, str] | None = 
     for name, value in options.items():
         if name in (kept or {}):
             raise ValueError(f"--env-cfg {name}={value}: say {kept[name]}")
-        owner, (*path, last) = cfg, name.split(".")
-        for step in path:  # copies: in mjlab's configurations actor and critic share their terms
-            owner = _put(owner, step, copy.copy(_field(owner, step, name)))
-        _put(owner, last, _like(_field(owner, last, name), value, name))
+        first, *path = name.split(".")
+        _put(cfg, first, _changed(_field(cfg, first, name), path, value, name))
 
 
 def check_keywords(function: Any, options: dict[str, Any], taken: tuple[str, ...] = ()) -> None:
@@ -70,8 +69,26 @@ def check_keywords(function: Any, options: dict[str, Any], taken: tuple[str, ...
             raise ValueError(f"--env-cfg {name}: there is no such option; {_nearest(name, known)}")
 
 
+def _changed(owner: Any, path: list[str], value: Any, name: str) -> Any:
+    """A copy, with another value at this path: in mjlab's configurations actor and critic share their terms."""
+    if not path:
+        return _like(owner, value, name)
+    new = _changed(_field(owner, path[0], name), path[1:], value, name)
+    if isinstance(owner, (list, tuple)):
+        return type(owner)(new if key == path[0] else x for key, x in zip(_keys(owner), owner))
+    return _put(copy.copy(owner), path[0], new)
+
+
+def _keys(owner: list | tuple) -> list[str]:
+    """By its `name`, as mjlab's sensors have one, or its number."""
+    return [str(getattr(x, "name", i)) for i, x in enumerate(owner)]
+
+
 def _field(owner: Any, step: str, name: str) -> Any:
-    fields = dict(owner.items()) if hasattr(owner, "keys") else dict(getattr(owner, "__dict__", {}))
+    if isinstance(owner, (list, tuple)):
+        fields = dict(zip(_keys(owner), owner))
+    else:
+        fields = dict(owner.items()) if hasattr(owner, "keys") else dict(getattr(owner, "__dict__", {}))
     if step not in fields:
         raise ValueError(f"--env-cfg {name}: there is no {step}; {_nearest(step, fields)}")
     return fields[step]
@@ -82,7 +99,7 @@ def _put(owner: Any, step: str, value: Any) -> Any:
         owner[step] = value
     else:
         setattr(owner, step, value)
-    return value
+    return owner
 
 
 def _nearest(name: str, known) -> str:

@@ -83,6 +83,21 @@ if VERSION.startswith("3."):
 import gymnasium
 kwargs = {"env_cfg_entry_point": "isaaclab_tasks.core.cartpole.cartpole_manager_env_cfg:CartpoleEnvCfg"}
 gymnasium.register("My-Cartpole", "isaaclab.envs:ManagerBasedRLEnv", kwargs=kwargs)
+
+from isaaclab.envs.mdp import JointEffortActionCfg, JointPositionActionCfg
+from isaaclab.utils import configclass
+from isaaclab_tasks.core.cartpole.cartpole_manager_env_cfg import CartpoleEnvCfg
+
+@configclass
+class Actions:
+    pole = JointPositionActionCfg(asset_name="robot", joint_names=["cart_to_pole"], scale={".*pole": 0.25})
+    cart = JointEffortActionCfg(asset_name="robot", joint_names=["slider_to_cart"], scale=100.0)
+
+@configclass
+class TwoActions(CartpoleEnvCfg):
+    actions = Actions()
+
+gymnasium.register("My-Two-Actions", "isaaclab.envs:ManagerBasedRLEnv", kwargs={"env_cfg_entry_point": TwoActions})
 """
 REACH, CARTPOLE = "isaaclab:my_tasks:My-Reach-v0", "isaaclab:Isaac-Cartpole"
 
@@ -160,7 +175,8 @@ def test_every_configuration_translates_and_nothing_is_dropped_in_silence(lab, m
             networks = "student_hidden_dims" if module is distill_dagger else "actor_hidden_dims"
             assert networks in fields and "activation" in fields and "learning_rate" in fields and "init_std" in fields
             for path, value in leaves(cfg):
-                if path[-1] not in silent and "teacher" not in path[0] + path[-1]:
+                pooled = path[-1] == "global_pool" and "SpatialSoftmax" in cfg["actor"]["class_name"]  # which forces it off
+                if path[-1] not in silent and "teacher" not in path[0] + path[-1] and not pooled:
                     assert translate(changed(cfg, path, value)) != (settings, said), (task, key, path)
     assert count > 90 and {"ppo_continuous", "ppo_rnn", "distill_dagger"} <= kinds
 
@@ -240,7 +256,7 @@ reach, cartpole = makes(REACH), makes(CARTPOLE)
 @needs_2
 def test_conforms(reach):
     env = reach()
-    assert type(env.env).__module__ == "isaaclab_rl.rsl_rl.vecenv_wrapper"
+    assert type(env.env).__module__ == "isaaclab_rl.rsl_rl.vecenv_wrapper" and env.export_metadata() == {}, "no robot"
     (config, early), *more = stand_ins.SimulationApp.started
     assert config["headless"] and early == [] and more == [], "Isaac Sim starts once, before anything of Isaac Lab"
     report = examine(env)
@@ -376,6 +392,29 @@ def test_play_mode_and_a_task_of_ones_own(cartpole, local):
     assert env.render() is None
     assert envs.defaults("isaaclab:my_tasks:My-Cartpole") == {}
     assert envs.defaults(CARTPOLE)["actor_hidden_dims"] == (32, 32)
+
+
+@needs_3
+def test_what_a_robots_runner_has_to_know(cartpole, local):
+    cart, pole = "scene.robot.actuators.cart_actuator", "scene.robot.init_state.joint_pos"
+    env = cartpole("isaaclab:my_tasks:My-Two-Actions", cfg=local | {f"{cart}.stiffness": 3.0, f"{pole}.cart_to_pole": 0.5})
+    gains = env.unwrapped.scene["robot"].actuators["cart_actuator"].stiffness
+    gains += 1.0  # as an event that randomises them may have
+    assert env.export_metadata() == {
+        "joint_names": ["slider_to_cart", "cart_to_pole"], "default_joint_pos": [0.0, 0.5], "joint_stiffness": [3.0, 0.0],
+        "joint_damping": [10.0, 0.0], "command_names": [], "observation_names": ["joint_pos_rel", "joint_vel_rel"],
+        "action_joint_names": ["cart_to_pole", "slider_to_cart"], "action_scale": [0.25, 100.0], "action_offset": [0.5, 0.0],
+    }  # fmt: skip
+
+
+@needs_3
+def test_gains_are_the_configured_ones(lab):
+    from envs.isaaclab import _gains
+
+    part = SimpleNamespace(joint_names=["hip", "knee"], stiffness=torch.tensor([[7.0, 8.0]]), cfg=SimpleNamespace())
+    for said, gains in (({"k.*": 20, "hip": 10.0}, [10.0, 20.0]), (5, [5.0, 5.0]), (None, [7.0, 8.0])):
+        part.cfg.stiffness = said
+        assert _gains(part, "stiffness") == dict(zip(part.joint_names, gains))
 
 
 @needs_3

@@ -294,6 +294,7 @@ def test_mjlab_options(capfd):
     for option, value, said in (
         ("rewards.action_rate.weight", -0.02, "there is no action_rate; there are action_rate_l2"),
         ("commands.twist.ranges.lin_vel_x", "fast", r"'fast' is str; there is \(-1.0, 1.0\) of tuple"),
+        ("scene.sensors.feet.debug", True, "there is no feet; there are feet_ground_contact"),
         ("scene.num_envs", 3, "say --num-envs"),
         ("seed", 3, "say --seed"),
     ):
@@ -301,7 +302,11 @@ def test_mjlab_options(capfd):
             envs.make(task, num_envs=2, cfg={option: value})
         assert "\n" not in str(caught.value)
     ranges = {"commands.twist.ranges.lin_vel_x": [-1, 2]}
-    env = envs.make(task, num_envs=2, cfg=ranges | {"curriculum.command_vel": None, "rewards.action_rate_l2.weight": -1})
+    sensors = {"scene.sensors.foot_height_scan.max_distance": 2, "scene.sensors.foot_height_scan.pattern.rings.0.radius": 1}
+    more = {"curriculum.command_vel": None, "rewards.action_rate_l2.weight": -1} | sensors
+    env = envs.make(task, num_envs=2, cfg=ranges | more)
+    scan, contact = env.cfg.scene.sensors
+    assert scan.max_distance == 2.0 and scan.pattern.rings[0].radius == 1.0 and contact.name == "feet_ground_contact"
     assert env.unwrapped.command_manager.get_term_cfg("twist").ranges.lin_vel_x == (-1.0, 2.0)
     assert env.unwrapped.reward_manager.get_term_cfg("action_rate_l2").weight == -1.0
     assert "curriculum makes it" not in capfd.readouterr().out
