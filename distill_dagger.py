@@ -22,7 +22,7 @@ What is logged, what is healthy, what a bad value means:
 - Loss/behavior: distance of the student's mean actions from the teacher's; falls. Stays high: the student
   does not see enough to do it; try a memory.
 - Loss/grad_norm: before clipping. Loss/learning_rate: falls by learning_rate_decay.
-- Policy/mean_std: as said, imitation does not change it. Policy/beta: how often the teacher acts.
+- Policy/mean_std: stays at init_std; imitation does not change it. Policy/beta: how often the teacher acts.
 - Train/, Perf/: as in ppo_continuous.py.
 
 Differs from ppo_continuous.py:
@@ -87,7 +87,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Args:
-    """Names are rsl_rl's, where it has them. Frozen: what changes while training is a tensor."""
+    """Names are rsl_rl's, where it has them. What changes while training is a tensor, not in here."""
 
     env: str = "quadruped"
     """Built-in task, `simulator:task`, or `package.module:factory` of your own."""
@@ -96,13 +96,13 @@ class Args:
     env_defaults: bool = True
     """Start from the settings that the environment recommends, where it has any (command line only)."""
     num_envs: int = 4096
-    """N, environments that step in parallel."""
+    """N, environments that step in parallel. (A task has defaults of its own: `--help --env ID`.)"""
     num_steps_per_env: int = 120
     """T, env steps per environment and iteration."""
     max_iterations: int = 300
-    """Iterations in total; a resumed run continues to this number."""
+    """Iterations in total; a resumed run continues to this number, not by it."""
     init_at_random_ep_len: bool = True
-    """Start at random episode lengths, so that not all environments time out together."""
+    """Start as if somewhere in an episode already, so that not all environments time out together."""
     clip_actions: float | None = None
     """Clamp the actions sent to the environment to +-this."""
     device: str = "auto"
@@ -182,7 +182,7 @@ class Args:
     """On CUDA: replay the rollout (of a simulator: each policy step) and the update as CUDA graphs."""
     rank_timeout: float = 45.0
     """Seconds to wait for another rank before this one gives up."""
-    mixed_precision: bool = False
+    use_mixed_precision: bool = False
     """Run the networks of the update in bfloat16; distributions and losses stay in float32."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "high"
     """Of matrix products on a GPU: `high` is TF32, as Isaac Lab and mjlab train; `highest` is float32."""
@@ -204,7 +204,7 @@ class Args:
     resume: bool = False
     """Continue the newest run, or that of --checkpoint, where it stopped."""
     checkpoint: str = ""
-    """Checkpoint, path or glob, to play, export, resume (default: the newest), or start from."""
+    """Checkpoint (path, glob) to play, export, resume (default: newest); a new run takes its actor alone."""
     wandb_run_path: str = ""
     """Take the checkpoint from this W&B run, `entity/project/run`."""
     play: bool = False
@@ -234,7 +234,7 @@ def check_args(args: Args):
     """Refuse what cannot work, before any time is spent on it."""
     check_settings(args)
     steps = args.num_steps_per_env * args.num_learning_epochs
-    if steps % args.gradient_length:  # rsl_rl: the last ones are lost
+    if steps % args.gradient_length:  # unlike rsl_rl, where the last ones are lost
         raise wrong(args, "gradient_length", f"must divide num_steps_per_env x num_learning_epochs, {steps}")
     if not (args.teacher or args.play or args.export):
         raise wrong(args, "teacher", "must name a checkpoint of another script's or rsl_rl's policy")
@@ -260,7 +260,7 @@ class EmpiricalNormalization(nn.Module):
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("_mean", torch.zeros(1, *shape))  # rsl_rl: its names, so that checkpoints fit
+        self.register_buffer("_mean", torch.zeros(1, *shape))  # rsl_rl's names, so that checkpoints fit
         self.register_buffer("_var", torch.ones(1, *shape))
         self.register_buffer("_std", torch.ones(1, *shape))
         self.register_buffer("count", torch.tensor(0, dtype=torch.long))
@@ -286,8 +286,8 @@ class EmpiricalNormalization(nn.Module):
 class Gaussian(nn.Module):
     """What the actor's MLP puts out -> a normal distribution of the actions (..., A).
 
-    The MLP gives the mean (..., A). The standard deviation is a parameter, the same in every state: what the
-    policy knows well and what it does not is explored alike. Heteroscedastic: the MLP gives both, (..., 2 A).
+    The MLP gives the mean (..., A). The standard deviation is a parameter, the same in every state: it
+    tries as widely where it is sure as where it is not. Heteroscedastic: the MLP gives both, (..., 2 A).
     """
 
     def __init__(self, num_actions: int, args: Args):
@@ -301,14 +301,14 @@ class Gaussian(nn.Module):
             self.init_bias = torch.tensor(args.init_std + 1e-7).log().item() if self.log else args.init_std
         else:
             name, value = ("log_std_param", std.log()) if self.log else ("std_param", std)
-            self.register_parameter(name, nn.Parameter(value))  # rsl_rl: no loss moves it
+            self.register_parameter(name, nn.Parameter(value))  # as in rsl_rl no loss moves it
 
     def forward(self, output: Tensor) -> Normal:
         if self.heteroscedastic:
             mean, std = output.chunk(2, -1)
         else:
             mean, std = output, self.log_std_param if self.log else self.std_param
-        # rsl_rl: a std beyond these bounds has no gradient and stays there. A flaw, kept to be equal.
+        # As in rsl_rl a std beyond these bounds has no gradient to bring it back. A flaw, kept to be equal.
         std = std.clamp(math.log(1e-6), math.log(1e6)).exp() if self.log else std.clamp(1e-6, 1e6)
         return self.make(mean, std.expand_as(mean))
 
@@ -407,7 +407,7 @@ class CNN(nn.Sequential):
             columns = [x if isinstance(x, (tuple, list)) else [x] * len(channels) for x in columns]
             x, layers = torch.zeros(1, *image.shape[1:]), []  # x tells what size each layer leaves
             for c, k, s, d, norm, max_pool in zip(channels, *columns, strict=True):
-                # On both sides, so that n // s of n pixels are left. rsl_rl: rounds it like this.
+                # On both sides, so that n // s of n pixels are left. Rounded as in rsl_rl.
                 pad = [math.ceil((s * (n // s - 1) + d * (k - 1) + 1 - n) / 2) for n in x.shape[2:]]
                 pad, mode = (0, "zeros") if padding == "none" else (pad, padding)
                 layers.append(nn.Conv2d(x.shape[1], c, k, s, pad, d, padding_mode=mode))
@@ -446,7 +446,7 @@ class Model(nn.Module):
         self.images = [group for group in groups if obs[group].dim() == 4]
         size = sum(obs[group].shape[-1] for group in self.vectors)  # O
         self.obs_normalizer = EmpiricalNormalization(size) if args.obs_normalization else nn.Identity()
-        # rsl_rl: weights are drawn in the order CNNs, MLP, RNN, and listed in the order MLP, RNN, CNNs.
+        # As in rsl_rl's two models CNNs are drawn before the MLP, an RNN after it; listed are MLP, RNN, CNNs.
         cnns = nn.ModuleDict({group: CNN(group, obs[group], args) for group in self.images})
         size += sum(cnn.size for cnn in cnns.values())
         self.distribution = (Beta if args.distribution == "beta" else Gaussian)(num_actions, args)
@@ -531,7 +531,7 @@ def choose_groups(obs: TensorDict, args: Args) -> Args:
     teacher_obs = args.teacher_obs or tuple(own) or first("teacher")
     teacher_obs = teacher_obs or student_obs + first("privileged", "privileged_state")
     args = replace(args, student_obs=student_obs, teacher_obs=tuple(dict.fromkeys(teacher_obs)))
-    check_groups(obs, args, kinds={1: "vectors", 3: "images"})
+    check_groups(obs, args, {1: "vectors", 3: "images"})
     return args
 
 
@@ -547,7 +547,7 @@ def read_teacher(path: str, args: Args) -> tuple[dict[str, Tensor], dict, tuple[
     if not files:
         raise wrong(args, "teacher", "is no checkpoint, and no folder that has one")
     checkpoint = read_checkpoint(max(files, key=age), args.device)
-    told = checkpoint.get("resume", {}).get("args", {})
+    told = checkpoint["resume"]["args"]
     return checkpoint["actor_state_dict"], told, told.get("actor_obs") or told.get("student_obs") or ()
 
 
@@ -604,7 +604,7 @@ def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args
         teacher_actions=zeros(num_actions),  # what the student learns
         std=zeros(),  # of the student's actions, their mean
         rewards=zeros(),
-        dones=zeros(dtype=torch.bool),  # dones[t] follows actions[t]
+        dones=zeros(dtype=torch.bool),  # dones[t] follows actions[t]; at time-outs too
         episode_return=zeros(),  # of the running episode, before actions[t]
         episode_length=zeros(),
         student_state=zeros(agent.student.state_size),  # before actions[t]
@@ -622,7 +622,7 @@ def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args
 @torch.no_grad()
 def act(agent: SimpleNamespace, storage: TensorDict, t: int):
     """Sample the student's actions for the observations of row t, and ask the teacher for its own."""
-    row = storage[t].lock_()  # locked: row["x"] = ... would not reach the storage, and raises
+    row = storage[t].lock_()  # locked: row["x"] = ... would miss the storage; so it raises
     output, student_state = agent.student(row["obs"], row["student_state"])
     policy = agent.student.distribution(output)
     actions = policy.rsample()  # (N, A); sample() would make the host wait for the GPU
@@ -637,14 +637,14 @@ def act(agent: SimpleNamespace, storage: TensorDict, t: int):
 def collect(env: VecEnv, agent: SimpleNamespace, storage: TensorDict, policy_step, args: Args):
     """Fill the storage with T steps of `policy_step`, `act` or its graph; return what there is to log."""
     rows, logs = [row.lock_() for row in storage.unbind(0)], {}
-    rows[0].update_(rows[-1])  # what the last rollout ended with starts this one
+    rows[0].update_(rows[-1])  # what the last rollout ended with, at first the first observations
     for t, (row, next_row) in enumerate(zip(rows, rows[1:])):
         policy_step(agent, storage, t)
         actions = row["actions"].clone()  # the environment may keep it or write to it
         if args.clip_actions is not None:
             actions.clamp_(-args.clip_actions, args.clip_actions)
         obs, rewards, dones, extras = take_step(env, actions)
-        copy_groups(next_row["obs"], obs)  # after a done: the first of the next episode
+        copy_groups(next_row["obs"], obs)  # after a done the next episode's first: it starts by itself
         write(row, rewards=rewards, dones=dones)
         goes_on = ~row["dones"]
         for name in ("student_state", "teacher_state"):  # a new episode knows nothing of the last one
@@ -668,7 +668,7 @@ def behavior_loss(
     agent: SimpleNamespace, row: TensorDict, state: Tensor, args: Args
 ) -> tuple[Tensor, Tensor]:
     """How far the student's mean is from the teacher's, at one step; and the student's next state (N, S)."""
-    with torch.autocast(row.device.type, torch.bfloat16, enabled=args.mixed_precision):
+    with torch.autocast(row.device.type, torch.bfloat16, enabled=args.use_mixed_precision):
         output, next_state = agent.student(row["obs"], state)
     distance = nn.functional.mse_loss if args.loss_type == "mse" else nn.functional.huber_loss
     means = agent.student.distribution(output.to(state.dtype)).mean
@@ -877,7 +877,8 @@ def train(args: Args, env: VecEnv | None = None) -> History:
             metrics = to_host(metrics)  # the iteration's only wait for the device
             stop, finite = zip(*gather((bool(run.stop), metrics.pop("Loss/finite"))))
             if not all(finite):
-                raise FloatingPointError(describe_nan(iteration, storage, run_dir))
+                faults = gather(f"rank {rank}: {describe_nan(iteration, storage, run_dir)}")
+                raise FloatingPointError(min(faults, key=lambda fault: "was read is finite" in fault))
             history.append(log_iteration(agent, metrics, times, samples, iteration, args, writer))
             last = any(stop) or iteration == args.max_iterations - 1
             for name in gather(due(history, iteration, last, args))[0]:
@@ -988,7 +989,7 @@ def set_up_torch(args):
 
 
 def by_name(module, name):
-    """What torch calls so in its own case: elu in torch.nn, adamw in torch.optim."""
+    """torch's class of this name, whatever its case: elu in torch.nn, adamw in torch.optim."""
     return {key.lower(): value for key, value in vars(module).items()}[name]
 
 
@@ -1030,8 +1031,8 @@ def graphed(args, env, collect, act, update):
 
 
 class Graphed:
-    """fn; from its fourth call with the same arguments on, all its kernels in one launch. The first makes
-    what stays (moments, cuDNN's plans, what is compiled), the next two are watched.
+    """fn; from its fourth call with the same arguments on, all its kernels are one launch. Before, the first
+    call makes what stays (moments, cuDNN's plans, what is compiled), and the next two are watched.
 
     A graph knows memory and numbers as they were at its recording: write in place, and keep what changes in
     tensors. Other objects, settings or numbers are other arguments. The next call overwrites the result.
@@ -1047,22 +1048,23 @@ class Graphed:
         # As text, since settings may hold a dict. A tensor counts as the same while it is the same object.
         key = hash(str([x if isinstance(x, (Args, int, float)) else id(x) for x in objects]))
         self.calls[key] += 1
-        if self.calls[key] == 1 or self.faults:
+        calls = self.calls[key]
+        if calls == 1 or self.faults:
             return self.fn(*arguments)
-        if self.calls[key] < 4:
+        if calls < 4:
             return self.rehearse(key, *arguments)
-        if self.calls[key] == 4:
+        if calls == 4:
             self.graphs[key] = *self.record(*arguments), objects  # while they live, no other has their id
         graph, result, _ = self.graphs[key]
         graph.replay()
         return result
 
     def rehearse(self, key, *arguments):
-        """Twice: look for what a graph would freeze, and for what waits for the device: after a recording
-        that failed torch could not go on."""
+        """Run, and note what a graph would freeze, and what waits for the device: that would make a recording
+        fail, after which torch could not go on."""
 
         def note(message, *_):
-            if "called a synchronizing" in str(message):  # without `warnings` and this line
+            if "called a synchronizing" in str(message):  # [:-2]: without `warnings` and this line
                 self.faults.append(f"{place(traceback.extract_stack()[:-2])} waits for the device")
 
         numbers = Numbers(self.numbers.get(key, ()))
@@ -1082,8 +1084,9 @@ class Graphed:
 
     def record(self, *arguments):
         graph = torch.cuda.CUDAGraph()
-        for generator in (x.generator for x in arguments if hasattr(x, "generator")):
-            graph.register_generator_state(generator)  # torch's own is known
+        for x in arguments:
+            if hasattr(x, "generator"):  # of an environment; torch's own is known
+                graph.register_generator_state(x.generator)
         try:
             with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                 return graph, self.fn(*arguments)
@@ -1202,7 +1205,7 @@ def find(args, name):
     try:
         return pkgutil.resolve_name(getattr(args, name))
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        if getattr(error, "name", "") not in getattr(args, name):  # a mistake in the module itself
+        if str(getattr(error, "name", "")) not in getattr(args, name):  # a mistake in the module itself
             raise
         raise wrong(args, name, f"cannot be imported as package.module:name ({error})") from error
 
@@ -1228,7 +1231,7 @@ def as_vec_env(env):
 
 
 def draw_episode_lengths(env):
-    """As if each environment were somewhere in its episode already; one without a time limit is nowhere."""
+    """As if each environment were somewhere in its episode already, if episodes have a time limit."""
     if env.max_episode_length < math.inf:
         env.episode_length_buf = torch.randint_like(env.episode_length_buf, int(env.max_episode_length))
 
@@ -1241,10 +1244,10 @@ def take_step(env, actions):
         rewards, dones, extras = torch.as_tensor(rewards), torch.as_tensor(dones), dict(extras or {})
         if dones.is_floating_point():
             rewards = rewards + 0.0 * dones  # bool(NaN) is True, but NaN is no done: the run ends by it
-        if extras.get("time_outs") is None:
-            extras["time_outs"] = torch.zeros_like(dones)
-        time_outs = torch.as_tensor(extras["time_outs"]).to(actions.device).bool()
-        return obs, rewards, dones, extras | {"time_outs": time_outs.view(len(actions))}
+        time_outs = extras.get("time_outs")
+        time_outs = torch.zeros_like(dones) if time_outs is None else torch.as_tensor(time_outs)
+        extras["time_outs"] = time_outs.to(actions.device).bool().view(len(actions))
+        return obs, rewards, dones, extras
 
 
 def read_obs(obs, args):
@@ -1492,7 +1495,7 @@ def upload(path, args):
 
 
 def find_checkpoint(args):
-    """What --checkpoint, a path or a glob, names, maybe of --wandb-run-path; else the experiment's newest."""
+    """The file that --checkpoint (path, glob) names, here or in --wandb-run-path; else the newest."""
     folder, pattern = experiment_dir(args), args.checkpoint or "model_*.pt"
     paths = glob.glob(args.checkpoint) or folder.glob(f"*/{pattern}")
     if args.wandb_run_path:
@@ -1529,9 +1532,9 @@ def age(path):
 
 def differences(path, args):
     """The first settings in which a run differs from these, of all that change what is learned."""
-    # These do not. () is a choice left to the script, which it has made in the checkpoint.
+    # Those of `idle` may differ. () was left to the script, which has filled it in in the checkpoint.
     idle = r"max_iter|device|num_envs|log|run_name|.*_interval|compile|cuda_graphs|env_defaults|rank_"
-    idle += r"|resume|checkpoint|wandb|play|export|agent|viewer|terminations"
+    idle += r"|resume|(critic_)?checkpoint|save_best|film|wandb|play|export|agent|viewer|terminations"
     try:
         there, here = read_checkpoint(path)["resume"]["args"], vars(args)
     except UserError as error:
@@ -1578,14 +1581,10 @@ def load(agent, env, storage, args):
     """Continue a run (--resume) or start from a policy (--checkpoint); returns the first iteration to do."""
     agent.count = Counter()  # of all runs that this one continues
     low, high = bounds_of(env, args)
-    if (
-        getattr(args, "distribution", "") == "beta"
-        and not low <= args.action_range[0] < args.action_range[1] <= high
-    ):
+    if args.distribution == "beta" and not low <= args.action_range[0] < args.action_range[1] <= high:
         raise wrong(args, "action_range", f"the environment's actions lie between {low} and {high}")
-    if critic := getattr(args, "critic_checkpoint", ""):
-        if args.resume:
-            raise wrong(args, "critic_checkpoint", "a run that is resumed has a critic of its own")
+    critic = getattr(args, "critic_checkpoint", "")
+    if critic and not args.resume:
         print(f"starting from the critic of {critic}")
         restore(agent.critic, read_checkpoint(critic, args.device), "critic", critic)
     if not (args.resume or args.checkpoint or args.wandb_run_path):

@@ -67,9 +67,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Args:
-    """Names are rsl_rl's, where it has them. Frozen: what changes while training is a tensor.
+    """Names are rsl_rl's, where it has them. What changes while training is a tensor, not in here.
 
-    From Python a network's setting may differ: activation=dict(actor="elu", critic="tanh").
+    From Python actor and critic may differ: activation=dict(actor="elu", critic="tanh").
     """
 
     env: str = "quadruped"
@@ -79,15 +79,15 @@ class Args:
     env_defaults: bool = True
     """Start from the settings that the environment recommends, where it has any (command line only)."""
     num_envs: int = 4096
-    """N, environments that step in parallel."""
+    """N, environments that step in parallel. (A task has defaults of its own: `--help --env ID`.)"""
     num_steps_per_env: int = 24
     """T, env steps per environment and iteration."""
     max_iterations: int = 1500
-    """Iterations in total; a resumed run continues to this number."""
+    """Iterations in total; a resumed run continues to this number, not by it."""
     init_at_random_ep_len: bool = True
-    """Start at random episode lengths, so that not all environments time out together."""
+    """Start as if somewhere in an episode already, so that not all environments time out together."""
     timeout_bootstrap: Literal["final_obs", "value", "none"] = "final_obs"
-    """At a time-out bootstrap from V(final_obs) if given, else from V(s_t) as rsl_rl, or not (a lesson)."""
+    """What stands for rewards after a time-out: V(final_obs) if given, else V(s_t) as rsl_rl; or nothing."""
     clip_actions: float | None = None
     """Clamp the actions sent to the environment to +-this."""
     device: str = "auto"
@@ -145,15 +145,15 @@ class Args:
     gamma: float = 0.99
     """Discount per env step."""
     lam: float = 0.95
-    """lambda of the generalised advantage estimate: 0 trusts the critic, 1 the returns."""
+    """lambda of the generalised advantage estimate. 0: the next reward and V; 1: all rewards seen."""
     clip_param: float = 0.2
-    """epsilon of the clipped surrogate, and of the clipped value loss."""
+    """epsilon: how far ratio and V may move before a sample stops pulling."""
     use_clipped_value_loss: bool = True
-    """Clip the value loss where V has moved by more than clip_param, in return units."""
+    """No gradient from samples whose V has moved by clip_param towards the return, in its unit."""
     value_loss_coef: float = 1.0
     """Weight of the value loss."""
     entropy_coef: float = 0.01
-    """Weight of the entropy bonus."""
+    """Weight of the bonus for entropy, the policy's width."""
     normalize_advantage_per_mini_batch: bool = False
     """Normalise advantages over each mini-batch instead of over the rollout."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -161,7 +161,7 @@ class Args:
     learning_rate: float = 1e-3
     """Learning rate; with the adaptive schedule the first one. A resumed run goes on with its own."""
     schedule: Literal["adaptive", "fixed"] = "adaptive"
-    """`adaptive` keeps the KL divergence of an update near desired_kl."""
+    """`adaptive` steers how far an update moves the policy (its KL divergence) to desired_kl."""
     desired_kl: float = 0.01
     """KL divergence that the adaptive schedule aims at."""
     max_grad_norm: float = 1.0
@@ -171,7 +171,7 @@ class Args:
     """Compile the loss, and the step of an environment that can be, with torch.compile."""
     cuda_graphs: bool = True
     """On CUDA: replay the rollout (of a simulator: each policy step) and the update as CUDA graphs."""
-    mixed_precision: bool = False
+    use_mixed_precision: bool = False
     """Run the networks of the update in bfloat16; distributions and losses stay in float32."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "high"
     """Of matrix products on a GPU: `high` is TF32, as Isaac Lab and mjlab train; `highest` is float32."""
@@ -193,9 +193,9 @@ class Args:
     resume: bool = False
     """Continue the newest run, or that of --checkpoint, where it stopped."""
     checkpoint: str = ""
-    """Checkpoint, path or glob, to play, export, resume (default: the newest), or start from."""
+    """Checkpoint (path, glob) to play, export, resume (default: newest); a new run takes its actor alone."""
     critic_checkpoint: str = ""
-    """Start the critic from this one, which may be the same."""
+    """A new run starts its critic from this one, which may be that of --checkpoint."""
     wandb_run_path: str = ""
     """Take the checkpoint from this W&B run, `entity/project/run`."""
     play: bool = False
@@ -241,7 +241,7 @@ class EmpiricalNormalization(nn.Module):
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("_mean", torch.zeros(1, *shape))  # rsl_rl: its names, so that checkpoints fit
+        self.register_buffer("_mean", torch.zeros(1, *shape))  # rsl_rl's names, so that checkpoints fit
         self.register_buffer("_var", torch.ones(1, *shape))
         self.register_buffer("_std", torch.ones(1, *shape))
         self.register_buffer("count", torch.tensor(0, dtype=torch.long))
@@ -264,8 +264,8 @@ class EmpiricalNormalization(nn.Module):
 class Gaussian(nn.Module):
     """What the actor's MLP puts out -> a normal distribution of the actions (..., A).
 
-    The MLP gives the mean (..., A). The standard deviation is a parameter, the same in every state: what the
-    policy knows well and what it does not is explored alike. Heteroscedastic: the MLP gives both, (..., 2 A).
+    The MLP gives the mean (..., A). The standard deviation is a parameter, the same in every state: it
+    tries as widely where it is sure as where it is not. Heteroscedastic: the MLP gives both, (..., 2 A).
     """
 
     def __init__(self, num_actions: int, args: Args):
@@ -286,7 +286,7 @@ class Gaussian(nn.Module):
             mean, std = output.chunk(2, -1)
         else:
             mean, std = output, self.log_std_param if self.log else self.std_param
-        # rsl_rl: a std beyond these bounds has no gradient and stays there. A flaw, kept to be equal.
+        # As in rsl_rl a std beyond these bounds has no gradient to bring it back. A flaw, kept to be equal.
         std = std.clamp(math.log(1e-6), math.log(1e6)).exp() if self.log else std.clamp(1e-6, 1e6)
         return self.make(mean, std.expand_as(mean))
 
@@ -316,7 +316,7 @@ class ScaledBeta(torch.distributions.Beta):
     def stddev(self):
         return super().stddev * self.scale
 
-    # rsl_rl: the entropy is that of x; that of the actions is larger by log(scale), a constant.
+    # As in rsl_rl the entropy is that of x; that of the actions is larger by log(scale), a constant.
 
 
 class Beta(nn.Module):
@@ -374,7 +374,7 @@ class CNN(nn.Sequential):
             columns = [x if isinstance(x, (tuple, list)) else [x] * len(channels) for x in columns]
             x, layers = torch.zeros(1, *image.shape[1:]), []  # x tells what size each layer leaves
             for c, k, s, d, norm, max_pool in zip(channels, *columns, strict=True):
-                # On both sides, so that n // s of n pixels are left. rsl_rl: rounds it like this.
+                # On both sides, so that n // s of n pixels are left. Rounded as in rsl_rl.
                 pad = [math.ceil((s * (n // s - 1) + d * (k - 1) + 1 - n) / 2) for n in x.shape[2:]]
                 pad, mode = (0, "zeros") if padding == "none" else (pad, padding)
                 layers.append(nn.Conv2d(x.shape[1], c, k, s, pad, d, padding_mode=mode))
@@ -414,14 +414,14 @@ class Model(nn.Module):
         self.images = [group for group in groups if obs[group].dim() == 4]
         size = sum(obs[group].shape[-1] for group in self.vectors)  # O
         self.obs_normalizer = EmpiricalNormalization(size) if args.obs_normalization else nn.Identity()
-        # rsl_rl: encoders draw their weights before the MLP, and follow it in the state dict.
+        # As in rsl_rl encoders draw their weights before the MLP, and follow it in the state dict.
         cnns = cnns or nn.ModuleDict({group: CNN(group, obs[group], args) for group in self.images})
         size += sum(cnn.size for cnn in cnns.values())
         self.distribution = distribution
         num_outputs = distribution.num_outputs if distribution else 1
         self.mlp = make_mlp(size, num_outputs, hidden_dims, args.activation)
         self.cnns = cnns
-        if distribution:  # rsl_rl: the outputs after the means (std, or beta) start as a constant
+        if distribution:  # as in rsl_rl what follows the means (std, or beta) starts as a constant
             nn.init.zeros_(self.mlp[-1].weight[distribution.num_actions :])
             nn.init.constant_(self.mlp[-1].bias[distribution.num_actions :], distribution.init_bias)
 
@@ -444,7 +444,7 @@ class Model(nn.Module):
             self.obs_normalizer.update(self.inputs(obs)["obs"].flatten(0, -2))
 
     def initial_memory(self, batch_size: int) -> Tensor:
-        """(K, L, B, size): K tensors that the network remembers, as an episode starts; here none.
+        """(K, L, B, size): K tensors of L layers that it remembers, as an episode starts; here none.
 
         `deploy` takes and gives them; where an episode ends their rows of B are set to zero.
         """
@@ -457,7 +457,6 @@ class Model(nn.Module):
 
 def choose_groups(obs: TensorDict, args: Args) -> Args:
     """Observation groups by convention where none are named; refuse what the environment does not have."""
-    kinds = {1: "vectors", 3: "images"}
 
     def first(*names):
         return tuple(name for name in names if name in obs.keys())[:1]
@@ -468,7 +467,7 @@ def choose_groups(obs: TensorDict, args: Args) -> Args:
     critic_obs = args.critic_obs or (first("critic") and first("critic") + images)
     critic_obs = critic_obs or actor_obs + first("privileged", "privileged_state")
     args = replace(args, actor_obs=actor_obs, critic_obs=critic_obs)
-    check_groups(obs, args, kinds)
+    check_groups(obs, args, {1: "vectors", 3: "images"})
     return args
 
 
@@ -479,13 +478,13 @@ def make_actor(obs: TensorDict, num_actions: int, args: Args):
 
 def make_agent(env: VecEnv, obs: TensorDict, args: Args) -> SimpleNamespace:
     """All that learns. The attributes that have a state are, in order, the parts of a checkpoint."""
-    actor = make_actor(obs, env.num_actions, args)  # before the critic: rsl_rl draws its weights first
+    actor = make_actor(obs, env.num_actions, args)  # before the critic, as rsl_rl draws weights
     cnns = actor.cnns if args.share_cnn_encoders else None
     critic = Model(obs, args.critic_obs, args.critic_hidden_dims, args, cnns=cnns).to(obs.device)
     if args.share_cnn_encoders and set(critic.images) != set(actor.images):
         raise UserError("--share-cnn-encoders: actor and critic must observe the same images")
     agent = SimpleNamespace(actor=actor, critic=critic)
-    parameters = list(nn.ModuleList([actor, critic]).parameters())  # a list counts nothing twice
+    parameters = list(nn.ModuleList([actor, critic]).parameters())  # of a ModuleList: shared ones come once
     agent.optimizer = make_optimizer(args.optimizer, parameters, args.learning_rate, args.device)
     return agent
 
@@ -494,9 +493,9 @@ def make_agent(env: VecEnv, obs: TensorDict, args: Args) -> SimpleNamespace:
 
 
 def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args: Args) -> TensorDict:
-    """Rows 0..T-1 hold a rollout, (T + 1, N, ...); row T holds what follows it, and starts the next.
+    """(T + 1, N, ...): rows 0..T-1 hold a rollout, row T holds what follows it, and starts the next.
 
-    A column that you add is in every mini-batch, in row T and in checkpoints as the others are.
+    A column that you add reaches every mini-batch, and by row T every checkpoint.
     """
     shape = (args.num_steps_per_env + 1, args.num_envs)
 
@@ -513,7 +512,7 @@ def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args
         values=zeros(),
         rewards=zeros(),
         bootstrap=zeros(),  # value of what follows a time-out
-        dones=zeros(dtype=torch.bool),  # dones[t] follows actions[t]
+        dones=zeros(dtype=torch.bool),  # dones[t] follows actions[t]; at time-outs too
         episode_return=zeros(),  # of the running episode, before actions[t]
         episode_length=zeros(),
         order=zeros(dtype=torch.long),  # in which the update reads the samples
@@ -530,7 +529,7 @@ def params_of(policy: torch.distributions.Distribution) -> dict[str, Tensor]:
 @torch.no_grad()
 def act(agent: SimpleNamespace, storage: TensorDict, t: int):
     """Sample actions for the observations of row t, and store what PPO needs to know of them."""
-    row = storage[t].lock_()  # locked: row["x"] = ... would not reach the storage, and raises
+    row = storage[t].lock_()  # locked: row["x"] = ... would miss the storage; so it raises
     policy = agent.actor.distribution(agent.actor(row["obs"]))
     actions = policy.rsample()  # (N, A); sample() would make the host wait for the GPU
     write(row, actions=actions, log_prob=policy.log_prob(actions).sum(-1))
@@ -542,15 +541,15 @@ def act(agent: SimpleNamespace, storage: TensorDict, t: int):
 def collect(env: VecEnv, agent: SimpleNamespace, storage: TensorDict, policy_step, args: Args):
     """Fill the storage with T steps of `policy_step`, `act` or its graph; return what there is to log."""
     rows, logs = [row.lock_() for row in storage.unbind(0)], {}
-    rows[0].update_(rows[-1])  # what the last rollout ended with starts this one
+    rows[0].update_(rows[-1])  # what the last rollout ended with, at first the first observations
     for t, (row, next_row) in enumerate(zip(rows, rows[1:])):
         policy_step(agent, storage, t)
         actions = row["actions"].clone()  # the environment may keep it or write to it
         if args.clip_actions is not None:
-            # The stored action is not clamped, and log_prob is its own: clamping belongs to the environment.
+            # What is stored is what was drawn, since log_prob is that: clamping belongs to the environment.
             actions.clamp_(-args.clip_actions, args.clip_actions)
         obs, rewards, dones, extras = take_step(env, actions)
-        copy_groups(next_row["obs"], obs)  # after a done: the first of the next episode
+        copy_groups(next_row["obs"], obs)  # after a done the next episode's first: it starts by itself
         write(row, rewards=rewards, dones=dones)
         write(row, bootstrap=timeout_value(agent, row, next_row, extras, args))
         goes_on = ~row["dones"]
@@ -569,9 +568,9 @@ def timeout_value(
 
     A time limit is no part of the task: the robot would have walked on and been paid for it. Without this the
     same state is worth less late in an episode, and the critic cannot know why (arXiv:1712.00378).
-    On the swing-up V then explains 0.73 of the returns' variance, not 0.96 (tests/benchmarks/details.py).
+    On cartpole V then explains 0.73 of the returns' variance, not 0.96 (tests/benchmarks/details.py).
     """
-    values = row["values"]  # where there is no final_obs: rsl_rl's choice, V(s_t), one step early
+    values = row["values"]  # where there is no final_obs: V(s_t), one step early, as rsl_rl
     if args.timeout_bootstrap == "none":
         return torch.zeros_like(values)
     if args.timeout_bootstrap == "final_obs" and extras.get("final_obs") is not None:
@@ -587,21 +586,21 @@ def timeout_value(
 
 
 def compute_gae(storage: TensorDict, args: Args) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimate: advantages and returns, (T, N) each."""
+    """How much better it went than V said, advantages, and what V should have said, returns; (T, N) each."""
     values = storage["values"]
     rewards = storage["rewards"][:-1] + args.gamma * storage["bootstrap"][:-1]
     discount = args.gamma * ~storage["dones"][:-1]  # nothing flows back from the next episode
-    # delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t); E[delta] = A            arXiv:1506.02438 eq. 10
+    # delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t), one step's surprise     arXiv:1506.02438 eq. 10
     advantages = rewards + discount * values[1:] - values[:-1]
-    # A_t = delta_t + gamma lambda (1 - d_t) A_{t+1}, in place: the sum of eq. 16, from its end
+    # A_t = delta_t + gamma lambda (1 - d_t) A_{t+1}: later surprises count too, fading      (eq. 16)
     decay = args.lam * discount
-    for t in reversed(range(args.num_steps_per_env - 1)):
+    for t in reversed(range(args.num_steps_per_env - 1)):  # the last has no A_{t+1}
         advantages[t].add_(decay[t] * advantages[t + 1])
     returns = advantages + values[:-1]
     advantages = returns - values[:-1]  # the same number, rounded as rsl_rl does
     if not args.normalize_advantage_per_mini_batch:
-        # So a step's size does not depend on the rewards' scale, nor on an error of V that all states share.
-        # Without it the swing-up's return ends at 43 instead of 288 (tests/benchmarks/details.py).
+        # About half of all actions become likelier, half rarer, whatever the rewards' scale or an error of V
+        # that all states share. Without it cartpole ends at 43, not 288 (tests/benchmarks/details.py).
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     return advantages, returns
 
@@ -624,7 +623,7 @@ def make_batches(rollout: TensorDict, args: Args) -> list[TensorDict]:
 
 def ppo_loss(agent: SimpleNamespace, batch: TensorDict, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The PPO loss of one mini-batch (B, ...), and what to log of it."""
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.mixed_precision):
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.use_mixed_precision):
         output, values = agent.actor(batch["obs"]), agent.critic(batch["obs"]).squeeze(-1)
     policy = agent.actor.distribution(output.to(batch["actions"].dtype))
     log_prob = policy.log_prob(batch["actions"]).sum(-1)  # (B,)
@@ -634,20 +633,21 @@ def ppo_loss(agent: SimpleNamespace, batch: TensorDict, args: Args) -> tuple[Ten
     if args.normalize_advantage_per_mini_batch:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     # L^CLIP = E[min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)]                   arXiv:1707.06347 eq. 7
-    # Past 1 +- eps nothing more is gained, so the policy has no reason to leave the data's neighbourhood.
+    # Past 1 +- eps nothing more is gained: the data are of the old policy, and say little of one far from it.
+    # The smaller of both: what has moved the wrong way is still pushed back.
     ratio = torch.exp(log_prob - batch["log_prob"])
     clipped = ratio.clamp(1.0 - args.clip_param, 1.0 + args.clip_param)
     surrogate_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
-    # The larger of two errors: of V, and of V held to eps from its old value. Once V has moved by eps towards
-    # the return, the second is the larger one and has no gradient: this sample asks for no more. V may move
-    # further, for other samples' sake. eps is in return units: where returns are large, most are clipped.
+    # The larger of two errors: V's, and that of V moved by eps at most. Where V has gone further towards the
+    # return, the second is the larger one, and a constant: this sample pulls no more (others still may).
+    # eps is in the returns' unit: where they are large, most samples soon stop pulling.
     value_error = (values - batch["returns"]) ** 2
     if args.use_clipped_value_loss:
         step = (values - batch["values"]).clamp(-args.clip_param, args.clip_param)
         value_error = torch.max(value_error, (batch["values"] + step - batch["returns"]) ** 2)
     value_loss = value_error.mean()
 
-    # L = L^CLIP - c1 L^VF + c2 S, to be maximised: the signs turn here              arXiv:1707.06347 eq. 9
+    # To be maximised: L^CLIP - c1 L^VF (value loss) + c2 S (entropy); signs turn   arXiv:1707.06347 eq. 9
     loss = surrogate_loss + args.value_loss_coef * value_loss - args.entropy_coef * entropy
     with torch.no_grad():
         old_policy = agent.actor.distribution.make(**batch["policy"].to_dict())
@@ -666,7 +666,7 @@ def adapt_learning_rate(lr: Tensor, kl: Tensor, args: Args):
     """Each mini-batch: / 1.5 (down to 1e-5) if the policy has moved too far, x 1.5 (up to 1e-2) if hardly.
 
     How far a step moves the policy depends on the task and on the standard deviation, so that no fixed rate
-    suits a whole training. rsl_rl: a KL of exactly 0, as a rule the first mini-batch's, changes nothing.
+    suits a whole training. As in rsl_rl a KL of exactly 0, mostly the first mini-batch's, changes nothing.
     """
     slower, faster = (lr / 1.5).clamp(min=1e-5), (lr * 1.5).clamp(max=1e-2)
     faster = torch.where((kl < args.desired_kl / 2.0) & (kl > 0.0), faster, lr)
@@ -682,7 +682,7 @@ def mini_batch_step(agent: SimpleNamespace, batch: TensorDict, args: Args) -> di
         adapt_learning_rate(agent.optimizer.param_groups[0]["lr"], metrics["kl"], args)
     # Each on its own: a large error of the critic must not shrink the actor's step.
     metrics["actor_grad_norm"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), args.max_grad_norm)
-    # A shared encoder is the actor's here. rsl_rl: it is listed, stepped and clipped twice.
+    # A shared encoder is the actor's here. Unlike this rsl_rl lists, steps and clips it twice.
     actors = set(agent.actor.parameters())
     own = [p for p in agent.critic.parameters() if p not in actors]
     metrics["critic_grad_norm"] = nn.utils.clip_grad_norm_(own, args.max_grad_norm)
@@ -691,14 +691,14 @@ def mini_batch_step(agent: SimpleNamespace, batch: TensorDict, args: Args) -> di
 
 
 def update(agent: SimpleNamespace, storage: TensorDict, args: Args) -> dict[str, Tensor]:
-    """All epochs over one rollout. rsl_rl: every epoch reads the same mini-batches."""
+    """All epochs over one rollout. As in rsl_rl each of them reads the same mini-batches."""
     rollout, steps = storage[:-1], []
     rollout["advantages"], rollout["returns"] = compute_gae(storage, args)  # the storage does not get them
     batches = make_batches(rollout, args)
     for _ in range(args.num_learning_epochs):
         for batch in batches:
             steps.append(mini_batch_step(agent, batch, args))
-    # The moments are learned after the epochs. Before them the update would read other numbers than the
+    # Mean and deviation are learned after the epochs; else the update would read other numbers than the
     # policy that acted, and the first ratio would not be 1.
     agent.actor.update_normalization(rollout["obs"])
     agent.critic.update_normalization(rollout["obs"])
@@ -870,7 +870,7 @@ def set_up_torch(args):
 
 
 def by_name(module, name):
-    """What torch calls so in its own case: elu in torch.nn, adamw in torch.optim."""
+    """torch's class of this name, whatever its case: elu in torch.nn, adamw in torch.optim."""
     return {key.lower(): value for key, value in vars(module).items()}[name]
 
 
@@ -912,8 +912,8 @@ def graphed(args, env, collect, act, update):
 
 
 class Graphed:
-    """fn; from its fourth call with the same arguments on, all its kernels in one launch. The first makes
-    what stays (moments, cuDNN's plans, what is compiled), the next two are watched.
+    """fn; from its fourth call with the same arguments on, all its kernels are one launch. Before, the first
+    call makes what stays (moments, cuDNN's plans, what is compiled), and the next two are watched.
 
     A graph knows memory and numbers as they were at its recording: write in place, and keep what changes in
     tensors. Other objects, settings or numbers are other arguments. The next call overwrites the result.
@@ -929,22 +929,23 @@ class Graphed:
         # As text, since settings may hold a dict. A tensor counts as the same while it is the same object.
         key = hash(str([x if isinstance(x, (Args, int, float)) else id(x) for x in objects]))
         self.calls[key] += 1
-        if self.calls[key] == 1 or self.faults:
+        calls = self.calls[key]
+        if calls == 1 or self.faults:
             return self.fn(*arguments)
-        if self.calls[key] < 4:
+        if calls < 4:
             return self.rehearse(key, *arguments)
-        if self.calls[key] == 4:
+        if calls == 4:
             self.graphs[key] = *self.record(*arguments), objects  # while they live, no other has their id
         graph, result, _ = self.graphs[key]
         graph.replay()
         return result
 
     def rehearse(self, key, *arguments):
-        """Twice: look for what a graph would freeze, and for what waits for the device: after a recording
-        that failed torch could not go on."""
+        """Run, and note what a graph would freeze, and what waits for the device: that would make a recording
+        fail, after which torch could not go on."""
 
         def note(message, *_):
-            if "called a synchronizing" in str(message):  # without `warnings` and this line
+            if "called a synchronizing" in str(message):  # [:-2]: without `warnings` and this line
                 self.faults.append(f"{place(traceback.extract_stack()[:-2])} waits for the device")
 
         numbers = Numbers(self.numbers.get(key, ()))
@@ -964,8 +965,9 @@ class Graphed:
 
     def record(self, *arguments):
         graph = torch.cuda.CUDAGraph()
-        for generator in (x.generator for x in arguments if hasattr(x, "generator")):
-            graph.register_generator_state(generator)  # torch's own is known
+        for x in arguments:
+            if hasattr(x, "generator"):  # of an environment; torch's own is known
+                graph.register_generator_state(x.generator)
         try:
             with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
                 return graph, self.fn(*arguments)
@@ -1084,7 +1086,7 @@ def find(args, name):
     try:
         return pkgutil.resolve_name(getattr(args, name))
     except (ModuleNotFoundError, AttributeError, ValueError) as error:
-        if getattr(error, "name", "") not in getattr(args, name):  # a mistake in the module itself
+        if str(getattr(error, "name", "")) not in getattr(args, name):  # a mistake in the module itself
             raise
         raise wrong(args, name, f"cannot be imported as package.module:name ({error})") from error
 
@@ -1110,7 +1112,7 @@ def as_vec_env(env):
 
 
 def draw_episode_lengths(env):
-    """As if each environment were somewhere in its episode already; one without a time limit is nowhere."""
+    """As if each environment were somewhere in its episode already, if episodes have a time limit."""
     if env.max_episode_length < math.inf:
         env.episode_length_buf = torch.randint_like(env.episode_length_buf, int(env.max_episode_length))
 
@@ -1123,10 +1125,10 @@ def take_step(env, actions):
         rewards, dones, extras = torch.as_tensor(rewards), torch.as_tensor(dones), dict(extras or {})
         if dones.is_floating_point():
             rewards = rewards + 0.0 * dones  # bool(NaN) is True, but NaN is no done: the run ends by it
-        if extras.get("time_outs") is None:
-            extras["time_outs"] = torch.zeros_like(dones)
-        time_outs = torch.as_tensor(extras["time_outs"]).to(actions.device).bool()
-        return obs, rewards, dones, extras | {"time_outs": time_outs.view(len(actions))}
+        time_outs = extras.get("time_outs")
+        time_outs = torch.zeros_like(dones) if time_outs is None else torch.as_tensor(time_outs)
+        extras["time_outs"] = time_outs.to(actions.device).bool().view(len(actions))
+        return obs, rewards, dones, extras
 
 
 def read_obs(obs, args):
@@ -1374,7 +1376,7 @@ def upload(path, args):
 
 
 def find_checkpoint(args):
-    """What --checkpoint, a path or a glob, names, maybe of --wandb-run-path; else the experiment's newest."""
+    """The file that --checkpoint (path, glob) names, here or in --wandb-run-path; else the newest."""
     folder, pattern = experiment_dir(args), args.checkpoint or "model_*.pt"
     paths = glob.glob(args.checkpoint) or folder.glob(f"*/{pattern}")
     if args.wandb_run_path:
@@ -1411,9 +1413,9 @@ def age(path):
 
 def differences(path, args):
     """The first settings in which a run differs from these, of all that change what is learned."""
-    # These do not. () is a choice left to the script, which it has made in the checkpoint.
+    # Those of `idle` may differ. () was left to the script, which has filled it in in the checkpoint.
     idle = r"max_iter|device|num_envs|log|run_name|.*_interval|compile|cuda_graphs|env_defaults|rank_"
-    idle += r"|resume|checkpoint|wandb|play|export|agent|viewer|terminations"
+    idle += r"|resume|(critic_)?checkpoint|save_best|film|wandb|play|export|agent|viewer|terminations"
     try:
         there, here = read_checkpoint(path)["resume"]["args"], vars(args)
     except UserError as error:
@@ -1460,14 +1462,10 @@ def load(agent, env, storage, args):
     """Continue a run (--resume) or start from a policy (--checkpoint); returns the first iteration to do."""
     agent.count = Counter()  # of all runs that this one continues
     low, high = bounds_of(env, args)
-    if (
-        getattr(args, "distribution", "") == "beta"
-        and not low <= args.action_range[0] < args.action_range[1] <= high
-    ):
+    if args.distribution == "beta" and not low <= args.action_range[0] < args.action_range[1] <= high:
         raise wrong(args, "action_range", f"the environment's actions lie between {low} and {high}")
-    if critic := getattr(args, "critic_checkpoint", ""):
-        if args.resume:
-            raise wrong(args, "critic_checkpoint", "a run that is resumed has a critic of its own")
+    critic = getattr(args, "critic_checkpoint", "")
+    if critic and not args.resume:
         print(f"starting from the critic of {critic}")
         restore(agent.critic, read_checkpoint(critic, args.device), "critic", critic)
     if not (args.resume or args.checkpoint or args.wandb_run_path):

@@ -8,7 +8,7 @@ RUNNER = ("num_steps_per_env", "max_iterations", "save_interval", "experiment_na
 ALGORITHM = (
     *("num_learning_epochs", "num_mini_batches", "learning_rate", "schedule", "gamma", "lam", "entropy_coef", "desired_kl"),
     *("max_grad_norm", "value_loss_coef", "use_clipped_value_loss", "clip_param", "normalize_advantage_per_mini_batch"),
-    *("optimizer", "share_cnn_encoders", "gradient_length", "loss_type"),
+    *("optimizer", "share_cnn_encoders", "gradient_length", "loss_type", "use_mixed_precision"),
 )
 RNN = ("rnn_type", "rnn_hidden_dim", "rnn_num_layers")
 CNN = ("output_channels", "kernel_size", "stride", "dilation", "padding", "norm", "max_pool", "global_pool", "temperature")

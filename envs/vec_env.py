@@ -67,7 +67,7 @@ class VecEnv(Protocol):
             rewards: (N,).
             dones: (N,) bool, integer or float; set where the episode ended with this step.
             extras: `time_outs` (N,), those dones that are only time limits; `final_obs`, a TensorDict like obs with the
-                true last observation of every environment; `log`, a dict of numbers or tensors (averaged for logging;
-                `episode` wins where both are there).
+                true last observations where the time limit ended an episode, and anything elsewhere; `log`, a dict of
+                numbers or tensors (averaged for logging; `episode` wins where both are there).
         """
         ...

@@ -361,7 +361,7 @@ def test_mixed_precision(name, no_export, monkeypatch):
     cases.write_teacher("teacher.pt", build(name))
     settings = dict(teacher_obs=("policy", "privileged"), max_iterations=2) | STUDENTS[name]
     plain, mixed = (
-        module.train(student_args("teacher.pt", mixed_precision=mixed, **settings), build(name)) for mixed in (False, True)
+        module.train(student_args("teacher.pt", use_mixed_precision=mixed, **settings), build(name)) for mixed in (False, True)
     )
     assert 0.0 < abs(mixed[0]["Loss/behavior"] / plain[0]["Loss/behavior"] - 1.0) < 0.02  # bfloat16 has 8 bits, 0.4 %
     assert len(mixed) == 2 and seen == {torch.float32}

@@ -307,7 +307,7 @@ def test_every_epoch_reads_other_mini_batches(edited, monkeypatch):
 
 ACT = '    write(row, values=agent.critic(row["obs"]).squeeze(-1))\n'
 STORAGE = "    start = load(agent, env, storage, args)\n"
-PARTS = "    parameters = list(nn.ModuleList([actor, critic]).parameters())  # a list counts nothing twice\n"
+PARTS = "    parameters = list(nn.ModuleList([actor, critic]).parameters())  # of a ModuleList: shared ones come once\n"
 COLLECT = "    return metrics | episode_metrics(storage[:-1])\n"
 LOSS = '    return loss, {**metrics, "clip_fraction": clip_fraction, "mean_std": policy.stddev.mean()}\n'
 FIELD = "    desired_kl: float = 0.01\n"

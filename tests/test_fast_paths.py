@@ -126,7 +126,7 @@ def test_compiled_iteration(script, monkeypatch):
 
 def test_bfloat16_networks(capsys):
     """Not a float32 path: its drift is stated, and that it learns is held by test_learning.py."""
-    value = drift(mixed_precision=True)
+    value = drift(use_mixed_precision=True)
     with capsys.disabled():
         print(f" [bf16 drift of one update: {value:.2f}]", end="")
     assert 1e-4 < value < 1.0  # it is rounded indeed, and by less than the step that it takes

@@ -6,7 +6,7 @@ import ppo_continuous as module
 from envs import make
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(mixed_precision=True)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", [dict(), dict(use_mixed_precision=True)], ids=["float32", "bfloat16"])
 def test_cartpole_swings_up(settings):
     """Random actions earn 5 of 500; seeds 1 to 3 of each setting earned 43 to 110 after 60 iterations."""
     args = module.Args(

@@ -131,6 +131,9 @@ def test_mistakes_in_the_users_file_keep_their_traceback(tmp_path):
     (tmp_path / "mistaken.py").write_text("import torch\nx = torch.zeros(3).itme()\n")
     with pytest.raises(AttributeError, match="itme"):
         module.train(args_of(env="mistaken:make"))
+    (tmp_path / "raising.py").write_text("raise AttributeError('of its own')\n")
+    with pytest.raises(AttributeError, match="of its own"):
+        module.train(args_of(env="raising:make"))
     (tmp_path / "lacking.py").write_text("import no_such_package\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         module.train(args_of(env="lacking:make"))

@@ -31,7 +31,7 @@ from envs import defaults  # noqa: E402
 
 # By script: its task, and an iteration in which there is something to see.
 TASKS = {
-    "ppo_continuous": (dict(env="cartpole", num_envs=64, seed=2), 3),
+    "ppo_continuous": (dict(env="cartpole", num_envs=128, seed=9), 3),
     "ppo_rnn": (dict(env="navigation-cue", num_envs=64, seed=1), 3),
     "ppo_rnd": (dict(env="navigation-maze", num_envs=64, seed=7), 3),
 }
@@ -169,13 +169,13 @@ def tell(script: str, module, history, calls: dict, step: int | None = None, env
         text = "zeroed: the next episode knows nothing of this one" if done else "kept, as the episode goes on"
         say("|actor_state|", next_row["actor_state"].norm(), f"before step t + 1: {text}")
 
-    stage("collect() > timeout_value()", "had the clock not stopped it, how much more would have come?")
+    stage("collect() > timeout_value()", "if the clock stops it: how much more would have come?")
     if time_out:
         say("bootstrap", row["bootstrap"], "V(final_obs): what the critic expects from the true last state on")
-        say("  not", next_row["values"], "V(s_t+1): wrong, that is already the start of the next episode")
-        say("  nor", row["values"], "V(s_t): one step early; rsl_rl takes it, since it has no final_obs")
+        say("  wrong", next_row["values"], "V(s_{t+1}): that is already the start of the next episode")
+        say("  rsl_rl's", row["values"], "V(s_t): one step early, since it knows no final_obs")
     else:
-        say("bootstrap", row["bootstrap"], "not asked: no clock has stopped it")
+        say("bootstrap", row["bootstrap"], "no clock has stopped it")
     if script == "ppo_rnd":
         tell_bonus(page, calls, row, t, n)
     tell_advantage(page, storage, rollout, args, t, n)
@@ -183,15 +183,19 @@ def tell(script: str, module, history, calls: dict, step: int | None = None, env
     index, place, samples = where_trained(module, rollout, args, t, n)
     if script == "ppo_rnn":
         first, last = (int(samples[0, i]) for i in (0, -1))
-        stage("update() > make_batches()", "whole sequences, since a memory is trained through time")
+        stage("update() > make_batches()", "whole sequences: what was worth remembering shows only later")
         say(
             "mini-batch",
             index + 1,
             f"of {args.num_mini_batches}: environments {first} to {last}, their {len(samples)} steps in order",
         )
-        say("|actor_state|", rollout["actor_state"][0, n].norm(), "at step 0: it is unrolled from here, over all steps")
+        say("|actor_state|", rollout["actor_state"][0, n].norm(), "at step 0: from here all steps are run again")
         ends = rollout["dones"][:, n].nonzero().flatten().tolist()
-        say("dones after step", ", ".join(map(str, ends)) or "-", "there memory and gradient end")
+        say(
+            "dones after step",
+            ", ".join(map(str, ends)) or "-",
+            "what comes after knows, and teaches, nothing of what came before",
+        )
     else:
         stage("shuffle(), make_batches()", "drawn once, the same in every epoch")
         say("mini-batch", index + 1, f"of {args.num_mini_batches}")
@@ -203,15 +207,24 @@ def tell(script: str, module, history, calls: dict, step: int | None = None, env
         say("first epoch", losses[0], "how wrong the predictor is, squared, over this mini-batch")
         say("last epoch", losses[-1], "the same in the last epoch")
     means = ", ".join(f"{name} {number(history[-1][f'Loss/{name}'])}" for name in ("surrogate", "value", "kl"))
-    page += ["", f"Means over all {len(calls['ppo_loss'])} steps, which the training prints: {means}."]
+    page += [
+        "",
+        f"Means over all {len(calls['ppo_loss'])} mini-batches, which the training prints: {means}.",
+        "Numbers are rounded to four digits.",
+    ]
     return page
 
 
 def tell_bonus(page: Page, calls: dict, row: TensorDict, t: int, n: int):
-    page.stage("collect() > intrinsic_reward()", "a second reward, for what is new")
-    page.say("norm", calls["torch.linalg.norm"][t][1][n], "how wrong the predictor is about where this step led")
+    page.stage("collect() > intrinsic_reward()", "a second reward: can one network predict another, random one?")
+    page.say(
+        "norm",
+        calls["torch.linalg.norm"][t][1][n],
+        "how wrong the predictor is about where this step led",
+    )
     normalised = calls["RewardNormalization.forward"][t][1][n]
-    page.say("normalised", normalised, "divided by the standard deviation of its discounted sums so far")
+    deviation = number(calls["torch.linalg.norm"][t][1][n] / normalised)
+    page.say("normalised", normalised, f"/ {deviation}, the standard deviation of its discounted sums so far")
     page.say("weight", calls["rnd_weight"][t][1][n], "rnd_weight, of one step")
     page.say("intrinsic_rewards", row["intrinsic_rewards"], "their product: the bonus")
     page.say("sum", row["rewards"] + row["intrinsic_rewards"], "rewards + bonus: the reward from here on")
@@ -225,7 +238,7 @@ def tell_advantage(page: Page, storage: TensorDict, rollout: TensorDict, args, t
     if row["dones"]:
         text = "that belongs to the next episode"
     elif t == len(rollout) - 1:
-        text = "that is in the next rollout; V(s_t+1) stands for it"
+        text = "that is in the next rollout; V(s_{t+1}) stands for it"
     else:
         after = rollout["returns"][t + 1, n] - storage["values"][t + 1, n]
         later, text = args.gamma * args.lam * after, f"{args.gamma} * {args.lam} * {number(after)}, the advantage there"
@@ -238,7 +251,7 @@ def tell_advantage(page: Page, storage: TensorDict, rollout: TensorDict, args, t
     page.say(
         "advantages",
         rollout["advantages"][t, n],
-        "how far above the rollout's mean, in standard deviations: A below",
+        "from the rollout's mean, in standard deviations: the A that trains",
     )
 
 
@@ -263,9 +276,10 @@ def tell_epochs(page: Page, calls: dict, agent, args, index: int, place: tuple):
         "  ratio*A         what PPO makes larger: likelier where A is above 0, rarer where it is below",
         f"  clip*A          the same, but the ratio held to {low:g} .. {high:g}",
         "  wins            the smaller one counts; where it is clip*A, this sample pushes the policy no further",
-        "  V(s_t), error   what the critic says by now; (V - returns)^2, or if larger that of V held near its old value",
-        f"  KL              how far the policy has moved, in this mini-batch; wanted: {kl:g}",
-        f"  learning rate   after adapt_learning_rate(), in every mini-batch: / 1.5 if KL > {2 * kl:g}, * 1.5 if < {kl / 2:g}",
+        f"  V(s_t), error   what the critic says by now; (V - returns)^2, or if larger with V held within {args.clip_param:g} of values",
+        f"  KL              how far the policy has moved since it acted, over this mini-batch; wanted: {kl:g}",
+        f"  learning rate   / 1.5 after each mini-batch with KL > {2 * kl:g}, * 1.5 with 0 < KL < {kl / 2:g};"
+        f" one in {args.num_mini_batches} is shown",
     ]
 
 

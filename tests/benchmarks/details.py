@@ -47,8 +47,9 @@ DETAILS = {  # settings, or (line, what stands there instead)
     "initial std 0.3": dict(init_std=0.3),
     "critic sees what the actor sees": dict(critic_obs=("policy",)),
     "actor's last layer x 0.01": (
-        "        if distribution:  # rsl_rl: outputs",
-        "        if distribution:\n            self.mlp[-1].weight.data *= 0.01\n        if distribution:  # rsl_rl: outputs",
+        "            nn.init.zeros_(self.mlp[-1].weight[distribution.num_actions :])\n",
+        "            nn.init.zeros_(self.mlp[-1].weight[distribution.num_actions :])\n"
+        "            self.mlp[-1].weight.data *= 0.01\n",
     ),
 }
 TAGS = {
@@ -86,15 +87,21 @@ def script_with(change):
     return module
 
 
-def train(task: str, detail: str, seed: int, device: str, iterations: int) -> dict[str, float]:
-    """Means over the last tenth of one training."""
+def task_settings(task: str, module, seed: int, device: str, iterations: int) -> dict:
+    """What the task recommends, for a training that writes nothing."""
     from envs import defaults
 
+    settings = defaults(task, module.Args.__dataclass_fields__)
+    settings |= dict(env=task, seed=seed, device=device, log_root="")
+    return settings | (dict(max_iterations=iterations) if iterations else {})
+
+
+def train(task: str, detail: str, seed: int, device: str, iterations: int) -> dict[str, float]:
+    """Means over the last tenth of one training."""
     torch.set_num_threads(1)
     change = DETAILS[detail]
     module = script_with(change)
-    settings = defaults(task, module.Args.__dataclass_fields__) | (change if isinstance(change, dict) else {})
-    settings |= dict(env=task, seed=seed, device=device, log_root="") | (dict(max_iterations=iterations) if iterations else {})
+    settings = task_settings(task, module, seed, device, iterations) | (change if isinstance(change, dict) else {})
     with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
         try:
             history = module.train(module.Args(**settings))
@@ -119,7 +126,7 @@ def job(options: Options, task: str, detail: str, seed: int) -> None:
 
 def shown(values: list[float]) -> str:
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.3g} ± {spread:.2g}" if values else ""
+    return f"{float(f'{statistics.mean(values):.3g}'):g} ± {float(f'{spread:.2g}'):g}" if values else ""
 
 
 def print_table(task: str, results: list[dict]) -> None:

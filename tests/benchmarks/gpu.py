@@ -236,7 +236,7 @@ def job_equal(options: Options, index: int, mode: str):
 def ours_of(race: Race, options: Options, iterations: int) -> dict:
     settings = dict(device=options.device, num_envs=race.num_envs, max_iterations=iterations, timeout_bootstrap="value")
     settings |= dict(actor_hidden_dims=race.hidden_dims, critic_hidden_dims=race.hidden_dims, compile=race.compile)
-    settings |= dict(actor_obs=("policy",), critic_obs=("policy", "privileged"), mixed_precision=race.precision == "bf16")
+    settings |= dict(actor_obs=("policy",), critic_obs=("policy", "privileged"), use_mixed_precision=race.precision == "bf16")
     settings |= dict(float32_matmul_precision="highest" if race.precision == "fp32" else "high")
     return settings | (dict(num_steps_per_env=4, num_learning_epochs=1) if options.tiny else {})
 
@@ -262,7 +262,7 @@ def make_rsl_rl(race: Race, options: Options, iterations: int):
     args = module.Args(log_root="", **ours_of(race, options, iterations))
     module.set_up_torch(args)
     config = reference.configuration(args)
-    config["algorithm"]["use_mixed_precision"] = args.mixed_precision
+    config["algorithm"]["use_mixed_precision"] = args.use_mixed_precision
     config["torch_compile_mode"] = "default" if race.compile else None
     env = make_env(race.env, race.num_envs, options.device, race.compile)
     env = Captured(env) if hasattr(env, "generator") else env
