@@ -192,7 +192,7 @@ class Args:
     resume: bool = False
     """Continue the newest run, or that of --checkpoint, where it stopped."""
     checkpoint: str = ""
-    """Checkpoint (path, glob) to play, export, resume (default: newest); a new run takes its actor alone."""
+    """Checkpoint (path, folder) to play, export, resume (default: newest); a new run takes its actor only."""
     critic_checkpoint: str = ""
     """A new run starts its critic from this one, which may be that of --checkpoint."""
     wandb_run_path: str = ""
@@ -385,6 +385,7 @@ class Model(nn.Module):
 
 def choose_groups(obs: TensorDict, args: Args) -> Args:
     """Observation groups by convention where none are named; refuse what the environment does not have."""
+    kinds = {1: "vectors"}
 
     def first(*names):
         return tuple(name for name in names if name in obs.keys())[:1]
@@ -393,7 +394,7 @@ def choose_groups(obs: TensorDict, args: Args) -> Args:
     # The critic is not needed on the robot, so it may see what only a simulator knows: arXiv:1710.06542.
     critic_obs = args.critic_obs or first("critic") or actor_obs + first("privileged", "privileged_state")
     args = replace(args, actor_obs=actor_obs, critic_obs=critic_obs)
-    check_groups(obs, args, {1: "vectors"})
+    check_groups(obs, args, kinds)
     return args
 
 
@@ -960,9 +961,10 @@ def make_env(args, **options):
     settings = {name: getattr(args, name) for name in ("num_envs", "device", "seed", "compile")} | options
     cfg = env_options(args)
     if factory := own_factory(args):
-        wanted = inspect.signature(factory).parameters
+        signature = inspect.signature(factory)
+        wanted = signature.parameters
         unknown = [name for name in cfg if name not in wanted]
-        if unknown and "**" not in str(inspect.signature(factory)):
+        if unknown and "**" not in str(signature):
             raise wrong(args, "env_cfg", f"{args.env} has no parameter {unknown[0]}, but {', '.join(wanted)}")
         return factory(**{name: value for name, value in settings.items() if name in wanted} | cfg)
     with blaming(f"--env {args.env}: is one of envs/, which is not beside this script"):
@@ -1200,8 +1202,7 @@ def make_run_dir(args, env):
     command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false"]
 
     def git(*words):
-        options = dict(capture_output=True, cwd=SCRIPT.parent, timeout=10)
-        return subprocess.run([*command, *words], **options).stdout
+        return subprocess.run([*command, *words], capture_output=True, cwd=SCRIPT.parent, timeout=10).stdout
 
     with contextlib.suppress(subprocess.TimeoutExpired, OSError):
         # Nothing that a repository's configuration names is run.
@@ -1294,7 +1295,7 @@ def upload(path, args):
 
 
 def find_checkpoint(args):
-    """The file that --checkpoint (path, glob) names, here or in --wandb-run-path; else the newest."""
+    """The file that --checkpoint (path, folder, glob) names, here or in --wandb-run-path; else the newest."""
     folder, pattern = experiment_dir(args), args.checkpoint or "model_*.pt"
     paths = glob.glob(args.checkpoint) or folder.glob(f"*/{pattern}")
     if args.wandb_run_path:
@@ -1306,17 +1307,24 @@ def find_checkpoint(args):
         folder = folder / "wandb" / re.sub(r"\W", "_", run.id)
         last = sorted(files, key=lambda file: int("0" + re.sub(r"\D", "", file.name)))[-1:]
         paths = [file.download(root=str(folder), replace=True).name for file in last]
-    files = [path for path in map(Path, paths) if path.is_file()]
+    files = [file for path in paths for file in checkpoints_in(path)]
     files = files if len(files) == 1 else sorted(files, key=age, reverse=True)
     if not files:
         raise wrong(args, "checkpoint", f"no such file, neither here nor in a run of {folder}")
     if args.resume and not args.checkpoint:  # one's own run: seeds may share a folder
-        own = next((file for file in files if not differences(file, args)), None)
-        if own is None:
+        own = [file for file in files if not differences(file, args)]
+        if not own:
             there = differences(files[0], args)
             raise wrong(args, "resume", f"the newest run, {files[0]}, has {there}; --checkpoint takes any")
-        return own
+        return own[0]
     return files[0]
+
+
+def checkpoints_in(path):
+    """The file, or those of a run's or an experiment's folder."""
+    path = Path(path)
+    files = [*path.glob("model_*.pt"), *path.glob("*/model_*.pt")]
+    return [path] if path.is_file() else [file for file in files if "rank_" not in file.parent.name]
 
 
 def age(path):

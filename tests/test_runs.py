@@ -608,9 +608,18 @@ def test_a_new_run_starts_from_a_policy(capsys):
 
 
 def test_which_checkpoint():
-    """A path, a glob, or a name in a run of the experiment; of several the newest run's last, by number; never a download."""
+    """A path, a folder, a glob, or a name in a run of the experiment; of several the newest run's last, by number; never a
+    download, and of a folder no other rank's than the first."""
     root = pathlib.Path("logs/ppo_continuous_cartpole").absolute()
-    for name in ("1/model_0", "1/model_50", "1/model_100", "2_mine/model_0", "2_mine/model_9", "wandb/abc/model_900"):
+    for name in (
+        "1/model_0",
+        "1/model_50",
+        "1/model_100",
+        "2_mine/model_0",
+        "2_mine/model_9",
+        "wandb/abc/model_900",
+        "1/rank_1/model_100",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         checkpoint = {"actor_state_dict": {"x": torch.zeros(1)}, "iter": int(name.split("_")[-1])}  # rsl_rl's tell no more
         torch.save(checkpoint, root / f"{name}.pt")
@@ -623,6 +632,8 @@ def test_which_checkpoint():
         f"{root}/1/model_*.pt": "1/model_100.pt",
         "logs/*/*mine/model_*.pt": "2_mine/model_9.pt",
         "logs/ppo_continuous_cartpole/1/model_0.pt": "1/model_0.pt",
+        "logs/ppo_continuous_cartpole/1": "1/model_100.pt",
+        "logs/ppo_continuous_cartpole": "2_mine/model_9.pt",
     }.items():
         assert module.find_checkpoint(args_of(checkpoint=wanted)).absolute() == root / found, wanted
 

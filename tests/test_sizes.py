@@ -12,15 +12,15 @@ SCRIPTS = (BASE, *VARIANTS, DISTILLATION)
 FENCE = "# ==== Below"
 
 LIMITS = {
-    "code lines of the base": 1094,
-    "tokens of the base": 12_529,
+    "code lines of the base": 1096,
+    "tokens of the base": 12_542,
     "tokens of the base above the fence": 4684,
-    "code lines of the distillation": 1280,
-    "tokens of the distillation": 14_887,
-    "tokens of the distillation above the fence": 7042,
+    "code lines of the distillation": 1281,
+    "tokens of the distillation": 14_852,
+    "tokens of the distillation above the fence": 6994,
     "tokens of a variant beyond the base's": 1176,
     "tokens of the five variants beyond the base's": 4966,
-    "tokens of all seven, below the fence counted once": 47_957,
+    "tokens of all seven, below the fence counted once": 47_922,
     "tokens per code line": 13,
     "characters per line": 110,
 }
