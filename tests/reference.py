@@ -147,6 +147,32 @@ def run(args: Any, env: Any, config: dict | None = None, device: str = "cpu") ->
     return history, runner
 
 
+def assert_equal(module: Any, args: Any, make_env: Any) -> None:
+    """The script's training equals rsl_rl's to the last bit: what each iteration logs, and the last weights.
+
+    Args:
+        make_env: makes one environment after the other (a simulator may have one at a time); they are closed.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # else sums are taken in other orders
+    try:
+        env = make_env()
+        args = module.choose_groups(env.get_observations(), args)
+        expected, runner = run(args, env)
+        env.close()
+        env = make_env()
+        history = module.train(args, env)
+        env.close()
+    finally:
+        torch.set_num_threads(threads)
+    assert len(history) == len(expected) == args.max_iterations
+    for iteration, (ours, theirs) in enumerate(zip(history, expected)):
+        assert {tag: ours[tag] for tag in theirs} == theirs, f"iteration {iteration}"
+    for part in ("actor", "critic"):
+        for key, x in getattr(history.agent, part).state_dict().items():
+            assert torch.equal(x, getattr(runner.alg, part).state_dict()[key]), f"{part} {key}"
+
+
 def distillation_configuration(args: Any, teacher: Any, shapes: dict[str, tuple[int, ...]]) -> dict:
     """rsl_rl's configuration of distill_dagger.py's student, and of a teacher that a PPO script trained with `teacher`'s Args."""
     models = {"student": (args, args.student_hidden_dims, args.student_obs)}

@@ -386,6 +386,19 @@ def test_newton_trains_and_resumes_with_the_curriculum_where_it_was(cartpole, lo
 
 
 @needs_3
+def test_training_with_newton_equals_rsl_rl(lab, local):
+    """5.5.1, with the task's own settings: to the last bit."""
+    import reference
+
+    import ppo_continuous
+
+    settings = envs.defaults(CARTPOLE, ppo_continuous.Args.__dataclass_fields__)
+    settings |= dict(env=CARTPOLE, seed=3, device="cpu", log_root="", num_envs=64, max_iterations=6, timeout_bootstrap="value")
+    args = ppo_continuous.Args(**settings)
+    reference.assert_equal(ppo_continuous, args, lambda: envs.make(CARTPOLE, num_envs=64, device="cpu", seed=3, cfg=local))
+
+
+@needs_3
 def test_play_mode_and_a_task_of_ones_own(cartpole, local):
     env = cartpole("isaaclab:my_tasks:My-Cartpole", num_envs=60, cfg=local, play=True)
     assert env.num_envs == 60 and env.unwrapped.spec.id == "My-Cartpole", "play_mode() takes 50 at most"
