@@ -8,8 +8,8 @@
 
 Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347) with generalised advantage estimation
 (Schulman et al. 2016, arXiv:1506.02438) as rsl_rl has them (Schwarke et al. 2025, arXiv:2509.10771; Rudin et
-al. 2022, arXiv:2109.11978). On one CPU thread, with the same random numbers and --timeout-bootstrap value,
-losses and weights equal those of rsl_rl 5.5.1, kept from drawing more of them, to the last bit
+al. 2022, arXiv:2109.11978). On one CPU thread, with --timeout-bootstrap value and the same random numbers
+(rsl_rl kept from drawing more), losses and weights equal those of rsl_rl 5.5.1 to the last bit
 (tests/test_parity.py).
 
 Shapes: T steps per rollout, N environments, B samples of a mini-batch, O observation size, A actions.
