@@ -134,7 +134,7 @@ class Args:
     gamma: float = 0.99
     """Discount per env step."""
     lam: float = 0.95
-    """lambda of the generalised advantage estimate. 0: the next reward and V; 1: all rewards seen."""
+    """lambda: how much later surprises count in an advantage. 0: not at all; 1: as rewards do, by gamma."""
     clip_param: float = 0.2
     """epsilon: how far ratio and V may move before a sample stops pulling."""
     use_clipped_value_loss: bool = True
@@ -150,7 +150,7 @@ class Args:
     learning_rate: float = 1e-3
     """Learning rate; with the adaptive schedule the first one. A resumed run goes on with its own."""
     schedule: Literal["adaptive", "fixed"] = "adaptive"
-    """`adaptive` steers how far an update moves the policy (its KL divergence) to desired_kl."""
+    """`adaptive` steers how far the policy moves (its KL divergence) to desired_kl."""
     desired_kl: float = 0.01
     """KL divergence that the adaptive schedule aims at."""
     max_grad_norm: float = 1.0
@@ -392,7 +392,7 @@ class Model(nn.Module):
         latent_size = args.rnn_hidden_dim if self.state_shape[0] else size
         self.mlp = make_mlp(latent_size, num_outputs, hidden_dims, args.activation)
         self.rnn = RNN(size, args)  # as in rsl_rl its weights are drawn last
-        if distribution:  # as in rsl_rl what follows the means (std, or beta) starts as a constant
+        if distribution:  # as in rsl_rl outputs after the first A (std, or beta) start as a constant
             nn.init.zeros_(self.mlp[-1].weight[distribution.num_actions :])
             nn.init.constant_(self.mlp[-1].bias[distribution.num_actions :], distribution.init_bias)
 
@@ -431,7 +431,7 @@ class Model(nn.Module):
 
 def choose_groups(obs: TensorDict, args: Args) -> Args:
     """Observation groups by convention where none are named; refuse what the environment does not have."""
-    kinds = {1: "vectors"}
+    kinds = {1: "vectors"}  # by their number of dimensions
 
     def first(*names):
         return tuple(name for name in names if name in obs.keys())[:1]
@@ -465,7 +465,7 @@ def make_agent(env: VecEnv, obs: TensorDict, args: Args) -> SimpleNamespace:
 def make_storage(agent: SimpleNamespace, obs: TensorDict, num_actions: int, args: Args) -> TensorDict:
     """(T + 1, N, ...): rows 0..T-1 hold a rollout, row T holds what follows it, and starts the next.
 
-    A column that you add reaches every mini-batch, and by row T every checkpoint.
+    A column that you add reaches every mini-batch; its row T goes into checkpoints.
     """
     shape = (args.num_steps_per_env + 1, args.num_envs)
 
@@ -520,7 +520,7 @@ def collect(env: VecEnv, agent: SimpleNamespace, storage: TensorDict, policy_ste
         policy_step(agent, storage, t)
         actions = row["actions"].clone()  # the environment may keep it or write to it
         if args.clip_actions is not None:
-            # What is stored is what was drawn, since log_prob is that: clamping belongs to the environment.
+            # Stored is what was drawn, since log_prob is of that: clamping belongs to the environment.
             actions.clamp_(-args.clip_actions, args.clip_actions)
         obs, rewards, dones, extras = take_step(env, actions)
         copy_groups(next_row["obs"], obs)  # after a done the next episode's first: it starts by itself
@@ -566,6 +566,7 @@ def compute_gae(storage: TensorDict, args: Args) -> tuple[Tensor, Tensor]:
     rewards = storage["rewards"][:-1] + args.gamma * storage["bootstrap"][:-1]
     discount = args.gamma * ~storage["dones"][:-1]  # nothing flows back from the next episode
     # delta_t = r_t + gamma (1 - d_t) V(s_{t+1}) - V(s_t), one step's surprise     arXiv:1506.02438 eq. 10
+    # A time-out's d_t is 1: its r_t has gamma * bootstrap in it.
     advantages = rewards + discount * values[1:] - values[:-1]
     # A_t = delta_t + gamma lambda (1 - d_t) A_{t+1}: later surprises count too, fading      (eq. 16)
     decay = args.lam * discount
@@ -575,7 +576,8 @@ def compute_gae(storage: TensorDict, args: Args) -> tuple[Tensor, Tensor]:
     advantages = returns - values[:-1]  # the same number, rounded as rsl_rl does
     if not args.normalize_advantage_per_mini_batch:
         # About half of all actions become likelier, half rarer, whatever the rewards' scale or an error of V
-        # that all states share. Without it cartpole ends at 43, not 288 (tests/benchmarks/details.py).
+        # that all states share. Without it the return on cartpole is 43, not 288
+        # (tests/benchmarks/details.py).
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     return advantages, returns
 

@@ -276,10 +276,10 @@ def tell_epochs(page: Page, calls: dict, agent, args, index: int, place: tuple):
         "  ratio*A         what PPO makes larger: likelier where A is above 0, rarer where it is below",
         f"  clip*A          the same, but the ratio held to {low:g} .. {high:g}",
         "  wins            the smaller one counts; where it is clip*A, this sample pushes the policy no further",
-        f"  V(s_t), error   what the critic says by now; (V - returns)^2, or if larger with V held within {args.clip_param:g} of values",
-        f"  KL              how far the policy has moved since it acted, over this mini-batch; wanted: {kl:g}",
-        f"  learning rate   / 1.5 after each mini-batch with KL > {2 * kl:g}, * 1.5 with 0 < KL < {kl / 2:g};"
-        f" one in {args.num_mini_batches} is shown",
+        f"  V(s_t), error   V, which other samples move too; (V - returns)^2, or if larger with V within {args.clip_param:g} of values",
+        f"  KL              how far the policy has moved since it acted, mean of this mini-batch; wanted: {kl:g}",
+        f"  learning rate   in each mini-batch / 1.5 if KL > {2 * kl:g}, * 1.5 if 0 < KL < {kl / 2:g}, up to 0.01;"
+        f" 1 of {args.num_mini_batches} is shown",
     ]
 
 
