@@ -1,9 +1,11 @@
 """tests/benchmarks/details.py takes away what it says, and nothing else; its table is of what it has trained."""
 
+import dataclasses
 import importlib.util
 import math
 import pathlib
 import sys
+import types
 
 import pytest
 import torch
@@ -66,3 +68,14 @@ def test_the_table(tmp_path, capsys, monkeypatch):
     (tmp_path / "cartpole_everything_1.json").write_text('{"task": "cartpole", "detail": "everything", "seed": 1}')
     details.main(options)
     assert "| everything | 2 (1 became NaN) |" in capsys.readouterr().out
+
+
+def test_half_a_training_is_no_result(tmp_path, monkeypatch):
+    def stopped(args, env=None):
+        return ppo_continuous.train(dataclasses.replace(args, max_iterations=1))
+
+    module = types.SimpleNamespace(Args=ppo_continuous.Args, train=stopped)
+    monkeypatch.setattr(details, "script_with", lambda _: module)
+    with pytest.raises(KeyboardInterrupt):
+        details.job(details.Options(iterations=2, out=tmp_path), "cartpole", "everything", 1)
+    assert not list(tmp_path.glob("*.json"))

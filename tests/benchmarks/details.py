@@ -107,6 +107,8 @@ def train(task: str, detail: str, seed: int, device: str, iterations: int) -> di
             history = module.train(module.Args(**settings))
         except FloatingPointError:
             return {}
+    if len(history) < settings["max_iterations"]:  # Ctrl-C has ended it: half a training is no result
+        raise KeyboardInterrupt
     last = history[-max(1, len(history) // 10) :]
     return {
         tag: statistics.mean([m[tag] for m in last if not math.isnan(m[tag])] or [math.nan]) for tag in TAGS if tag in last[0]
@@ -152,7 +154,7 @@ def draw(tasks: dict[str, list[dict]], path: pathlib.Path) -> None:
             if not row:
                 axis.axvline(statistics.mean(values), color="#2e7d32", linewidth=1.0)
         axis.set_yticks(range(len(DETAILS)), DETAILS)
-        axis.invert_yaxis()
+        axis.set_ylim(len(DETAILS) - 0.5, -0.5)  # the first on top
         axis.set_xlabel(f"{task}: return")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
