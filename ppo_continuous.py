@@ -34,8 +34,8 @@ What is logged, what is healthy, what a bad value means:
 - Loss/kl: how far the policy has moved since it acted, mean over the mini-batches; near desired_kl. Far
   above for long: num_learning_epochs is too large.
 - Loss/clip_fraction: share of samples outside the clip range; 0.05 to 0.3. Near 0: it hardly moves.
-- Loss/actor_grad_norm, critic_grad_norm: before clipping. The critic's is always far above max_grad_norm:
-  scale rewards down.
+- Loss/actor_grad_norm, critic_grad_norm: before clipping. The critic's far above max_grad_norm for long:
+  scale the rewards down.
 - Loss/learning_rate: 1e-4 to 1e-3 for most of an adaptive training, at first up to its upper end, 1e-2. At
   its lower end, 1e-5: every mini-batch moves the policy too far.
 - Policy/mean_std: standard deviation of the actions; falls from init_std. Rises: nothing punishes noise.
